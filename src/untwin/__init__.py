@@ -1,0 +1,54 @@
+"""untwin removes near-duplicates from a data set of embeddings: k-means, pairwise similarity, a keep policy."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from untwin.backends.local import LocalExecutor
+    from untwin.jobs.apply import apply
+    from untwin.jobs.result import RunResult
+    from untwin.jobs.run import deduplicate
+    from untwin.pipeline import Pipeline
+    from untwin.stages.duplicates import IdentifyDuplicatesStage
+    from untwin.stages.kmeans import KMeansStage
+    from untwin.stages.pairwise import PairwiseStage
+    from untwin.stages.ranking import RankingStrategy
+    from untwin.stages.removal import RemoveDuplicatesStage
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "IdentifyDuplicatesStage": "untwin.stages.duplicates",
+    "KMeansStage": "untwin.stages.kmeans",
+    "LocalExecutor": "untwin.backends.local",
+    "PairwiseStage": "untwin.stages.pairwise",
+    "Pipeline": "untwin.pipeline",
+    "RankingStrategy": "untwin.stages.ranking",
+    "RemoveDuplicatesStage": "untwin.stages.removal",
+    "RunResult": "untwin.jobs.result",
+    "apply": "untwin.jobs.apply",
+    "deduplicate": "untwin.jobs.run",
+}
+
+__all__ = [
+    "IdentifyDuplicatesStage",
+    "KMeansStage",
+    "LocalExecutor",
+    "PairwiseStage",
+    "Pipeline",
+    "RankingStrategy",
+    "RemoveDuplicatesStage",
+    "RunResult",
+    "__version__",
+    "apply",
+    "deduplicate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that the command line starts fast."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'untwin' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m untwin`."""
+
+from untwin.cli import main
+
+main()

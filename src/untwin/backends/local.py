@@ -1,0 +1,181 @@
+"""The local backend: units on the threads of this process, within a memory budget."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+
+import pyarrow as pa
+from threadpoolctl import threadpool_limits
+
+from untwin.backends.base import Executor, NoProgress, Outcome, Progress, StageReport, segments
+from untwin.errors import ParameterError, ResourceError
+from untwin.stages.base import Context, Stage, Task, Upstream
+
+_DEFAULT_MEMORY = 4 << 30
+
+
+def default_workers() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_memory() -> int:
+    """4 GiB, or half of the machine's memory if that is less."""
+    with suppress(ValueError, OSError):
+        return min(_DEFAULT_MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return _DEFAULT_MEMORY
+
+
+class LocalExecutor(Executor):
+    """Runs units in threads; NumPy and Arrow release the interpreter's lock where the time goes.
+
+    A unit that needs more than its share of the memory, or that holds more than its share of the work and can be
+    split, runs alone, with all threads inside it. The BLAS library is held to one thread, so that threads do not
+    fight, and so that a product's bits do not depend on their number.
+
+    Args:
+        workers: Threads; default: the cores this process may use.
+        memory: Budget in bytes for the data in work (the interpreter and libraries come on top).
+    """
+
+    def __init__(self, workers: int | None = None, memory: int | None = None) -> None:
+        self.workers = default_workers() if workers is None else workers
+        self.memory = default_memory() if memory is None else memory
+        if self.workers < 1:
+            raise ParameterError(f"workers is {workers}; it must be at least 1")
+        if self.memory < 1 << 20:
+            raise ParameterError(f"memory is {memory} bytes; give at least 64 MB, as in 4GB or 512MB")
+
+    def execute(self, stages: Sequence[Stage], progress: Progress | None = None) -> Outcome:
+        """Run all stages over all units, honouring barriers."""
+        shown = progress or NoProgress()
+        upstream = Upstream()
+        results: dict[str, tuple[Task, ...]] = {}
+        reports: list[StageReport] = []
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(self.workers, "untwin") as pool:
+            for chain in segments(stages):
+                started = time.perf_counter()
+                units = chain[0].units(upstream)
+                run = _Chain(chain)
+                shown.start(" + ".join(stage.name for stage in chain), sum(unit.n_rows for unit in units))
+                try:
+                    self._run_units(run, units, pool, shown)
+                finally:
+                    shown.finish()
+                for stage in chain:
+                    stage.finish()
+                seconds = time.perf_counter() - started
+                for index, stage in enumerate(chain):
+                    done = tuple(sorted(run.results[index], key=lambda task: task.unit))
+                    results[stage.name] = done
+                    upstream = Upstream((*upstream.stages, done))
+                    reports.append(
+                        StageReport(stage.name, len(done), sum(u.n_rows for u in units), seconds * run.share(index))
+                    )
+        return Outcome(results, tuple(reports))
+
+    def _run_units(self, run: _Chain, units: Sequence[Task], pool: ThreadPoolExecutor, progress: Progress) -> None:
+        for unit in units:
+            least = run.minimum_memory(unit)
+            if least > self.memory:
+                raise ResourceError(
+                    f"the memory budget of {_megabytes(self.memory)} is too small: {run.stages[0].name} needs "
+                    f"{_megabytes(least)} for its largest unit of work; raise --memory"
+                )
+        share = self.memory // self.workers
+        total = sum(map(run.cost, units))
+        alone = [
+            unit
+            for unit in units
+            if run.memory(unit) > share or (run.splittable and run.cost(unit) * 2 * self.workers > total)
+        ]
+        chosen = {id(unit) for unit in alone}
+        together = sorted((u for u in units if id(u) not in chosen), key=run.cost, reverse=True)
+        inside = Context(self.memory, self.workers, pool.map)
+        for unit in alone:
+            run.process(unit, inside)
+            progress.advance(unit.n_rows)
+        self._run_together(run, together, pool, Context(share, 1, map), progress)
+
+    @staticmethod
+    def _run_together(
+        run: _Chain, units: Sequence[Task], pool: ThreadPoolExecutor, context: Context, progress: Progress
+    ) -> None:
+        pending: dict[Future[None], Task] = {pool.submit(run.process, unit, context): unit for unit in units}
+        try:
+            while pending:
+                done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    unit = pending.pop(future)
+                    future.result()
+                    progress.advance(unit.n_rows)
+        finally:
+            for future in pending:
+                future.cancel()
+            wait(pending)
+
+
+class _Chain:
+    """Stages that run one after the other on each unit."""
+
+    def __init__(self, stages: list[Stage]) -> None:
+        self.stages = stages
+        self.results: list[list[Task]] = [[] for _ in stages]
+        self._seconds = [0.0] * len(stages)
+        self.splittable = all(stage.splittable for stage in stages)
+        self._trim = _memory_trimmer()
+
+    def memory(self, unit: Task) -> int:
+        return max(stage.memory(unit) for stage in self.stages)
+
+    def minimum_memory(self, unit: Task) -> int:
+        return max(stage.minimum_memory(unit) for stage in self.stages)
+
+    def cost(self, unit: Task) -> float:
+        return max(stage.cost(unit) for stage in self.stages)
+
+    def share(self, index: int) -> float:
+        """The share of the chain's time that one of its stages took."""
+        total = sum(self._seconds)
+        return self._seconds[index] / total if total else 1.0 / len(self.stages)
+
+    def process(self, unit: Task, context: Context) -> None:
+        task = unit
+        for index, stage in enumerate(self.stages):
+            started = time.perf_counter()
+            try:
+                task = stage.process(task, context)
+            except Exception as error:
+                error.add_note(f"in stage {stage.name}, unit {unit.unit}")
+                raise
+            self._seconds[index] += time.perf_counter() - started
+            self.results[index].append(task)
+        self._trim()
+
+
+def _memory_trimmer() -> Callable[[], None]:
+    """Gives memory that allocators hold on to back to the system, so that the budget is about what is in use."""
+    pool = pa.default_memory_pool()
+    trim: Callable[[int], int] | None = None
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            trim = ctypes.CDLL(None).malloc_trim
+
+    def give_back() -> None:
+        pool.release_unused()
+        if trim is not None:
+            trim(0)
+
+    return give_back
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

@@ -1,0 +1,343 @@
+"""The command line: parses, calls a job, prints. No logic.
+
+Exit codes: 0 done; 1 an unexpected failure; 2 a user's mistake or damaged input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from untwin.errors import ParameterError, UntwinError
+
+if TYPE_CHECKING:
+    from untwin.backends.base import Progress
+    from untwin.jobs.result import RunResult
+
+F = TypeVar("F", bound=Callable[..., None])
+_log = logging.getLogger("untwin")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="untwin")
+def main() -> None:
+    """Remove near-duplicates from a data set by its embeddings."""
+
+
+def _reports_errors(command: F) -> F:
+    """Print errors as one message on stderr, with the exit code that fits."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        verbose = bool(kwargs.get("verbose"))
+        logging.basicConfig(
+            stream=sys.stderr, format="%(message)s", level=logging.DEBUG if verbose else logging.WARNING
+        )
+        logging.getLogger("untwin").setLevel(logging.INFO if verbose else logging.WARNING)
+        logging.getLogger().setLevel(logging.WARNING)
+        try:
+            command(*args, **kwargs)
+        except UntwinError as error:
+            click.echo(f"untwin: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo(f"untwin: interrupted; {_what_is_left(kwargs)}", err=True)
+            sys.exit(130)
+        except click.exceptions.Exit:
+            raise
+        except Exception as error:
+            if verbose:
+                _log.exception("untwin: unexpected failure")
+            notes = " ".join(getattr(error, "__notes__", []))
+            click.echo(
+                f"untwin: unexpected failure: {type(error).__name__}: {error} {notes}\n"
+                f"{_what_is_left(kwargs)}; -v shows where it happened",
+                err=True,
+            )
+            sys.exit(1)
+
+    return run  # type: ignore[return-value]
+
+
+def _what_is_left(kwargs: dict[str, Any]) -> str:
+    paths = kwargs.get("paths")
+    output = paths[-1] if paths else kwargs.get("to") or kwargs.get("output")
+    return f"the input is untouched; {output} holds an unfinished result: delete it, or start anew with --overwrite"
+
+
+_shared = [
+    click.option("--memory", metavar="SIZE", help="Memory for the data, as in 4GB. [default: 4GiB, at most half of all]"),
+    click.option("--workers", type=int, metavar="N", help="Threads. [default: all cores]"),
+    click.option("--backend", type=click.Choice(["local"]), default="local", show_default=True, help="Where the work runs."),
+    click.option(
+        "--storage-options", metavar="JSON|@FILE", help="fsspec options, as JSON or in a file. [default: environment]"
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print run.json to stdout, and nothing else there."),
+    click.option("-v", "--verbose", is_flag=True, help="Say more, on stderr."),
+]
+
+
+def _shared_options(command: F) -> F:
+    for option in reversed(_shared):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, metavar="INPUT... OUTPUT")
+@click.option("--eps", type=float, help="Remove a row whose similarity to a kept row is at least 1 - EPS.")
+@click.option("--n-clusters", default="auto", show_default=True, metavar="auto|N", help="Number of k-means clusters.")
+@click.option("--id-field", default="id", show_default=True, metavar="COLUMN", help="Column of ids.")
+@click.option(
+    "--embedding-field", default="embedding", show_default=True, metavar="COLUMN", help="Column of embeddings."
+)
+@click.option("--metadata-fields", default="", metavar="A,B", help="Columns to carry into kmeans/.")
+@click.option(
+    "--which-to-keep",
+    type=click.Choice(["hard", "easy", "random"]),
+    default="hard",
+    show_default=True,
+    help="Prefer outliers, central rows, or none.",
+)
+@click.option("--rank-by", metavar="COLUMN:asc|desc,...", help="Prefer by columns, as in duration:desc,size_bytes:desc.")
+@click.option(
+    "--compare-to",
+    type=click.Choice(["kept", "ranked"]),
+    default="kept",
+    show_default=True,
+    help="Remove because of kept rows only, or of any better-ranked row (SemDeDup's rule).",
+)
+@click.option("--pairwise-batch-size", type=int, default=1024, show_default=True, help="Rows compared at a time.")
+@click.option("--embedding-dim", type=int, metavar="D", help="Wanted length of embeddings. [default: the commonest]")
+@click.option("--seed", type=int, default=42, show_default=True, help="Seed of everything random.")
+@click.option(
+    "--input-filetype", type=click.Choice(["parquet", "jsonl", "npy"]), default="parquet", show_default=True,
+    help="Format of the input.",
+)
+@click.option(
+    "--on-repeated-id",
+    type=click.Choice(["error", "first"]),
+    default="error",
+    show_default=True,
+    help="The same id with different vectors: stop, or keep the first.",
+)
+@click.option(
+    "--kept",
+    type=click.Choice(["compact", "mirror", "none"]),
+    default="compact",
+    show_default=True,
+    help="Write the rows that stay as few large files, as the input's files, or not.",
+)
+@click.option("--drop-intermediate", is_flag=True, help="Remove kmeans/ and pairwise/ at the end.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
+@click.option("--overwrite", is_flag=True, help="Remove an earlier run in OUTPUT first.")
+@_shared_options
+@_reports_errors
+def run(
+    paths: tuple[str, ...],
+    n_clusters: str,
+    metadata_fields: str,
+    memory: str | None,
+    workers: int | None,
+    backend: str,
+    storage_options: str | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Find near-duplicates among the rows of INPUT, and write the data set without them to OUTPUT.
+
+    INPUT is files, folders, globs or URLs (s3://...). Without --eps the run stops before the removal and shows what
+    each value would remove; `untwin apply` then does it.
+    """
+    from untwin.jobs.parameters import RunParameters, parse_bytes
+    from untwin.jobs.run import make_executor, prepare
+
+    if len(paths) < 2:
+        raise ParameterError("give at least one INPUT and the OUTPUT folder")
+    parameters = RunParameters(
+        inputs=paths[:-1],
+        output=paths[-1],
+        n_clusters=_clusters(n_clusters),
+        metadata_fields=tuple(name.strip() for name in metadata_fields.split(",") if name.strip()),
+        storage_options=_storage_options(storage_options),
+        **options,
+    )
+    executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory))
+    prepared = prepare(parameters, executor, overwrite=overwrite)
+    click.echo(prepared.summary, err=as_json)
+    if dry_run:
+        return
+    if overwrite:
+        prepared.folder.clear()
+    if prepared.done is not None:
+        click.echo(f"{prepared.folder.path}: finished already, with the same parameters and input", err=True)
+    with _progress() as progress:
+        result = prepared.execute(progress)
+    _show(result, as_json, verbose)
+
+
+@main.command()
+@click.argument("output")
+@click.option("--eps", type=float, required=True, help="Remove a row whose similarity to a kept row is at least 1 - EPS.")
+@click.option("--to", metavar="FOLDER", help="Where the answer goes. [default: OUTPUT/eps=EPS/]")
+@click.option("--kept", type=click.Choice(["compact", "mirror", "none"]), help="As in run. [default: as the run had it]")
+@_shared_options
+@_reports_errors
+def apply(
+    output: str,
+    eps: float,
+    to: str | None,
+    kept: str | None,
+    memory: str | None,
+    workers: int | None,
+    backend: str,
+    storage_options: str | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Write the answer for another EPS beside the finished run in OUTPUT, without clustering again."""
+    from untwin.jobs.apply import apply as apply_job
+
+    with _progress() as progress:
+        result = apply_job(
+            output,
+            eps=eps,
+            to=to,
+            kept=kept,
+            memory=memory,
+            workers=workers,
+            backend=backend,
+            storage_options=_storage_options(storage_options),
+            progress=progress,
+        )
+    _show(result, as_json, verbose)
+
+
+def _clusters(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ParameterError(f"--n-clusters is {text!r}; give a number, or auto") from None
+
+
+def _storage_options(text: str | None) -> dict[str, Any]:
+    """Parse --storage-options; a mistake is reported without its content, which may be secret."""
+    if text is None:
+        return {}
+    try:
+        content = Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
+    except OSError as error:
+        raise ParameterError(f"--storage-options: {text[1:]} cannot be read ({error.strerror})") from None
+    try:
+        options = json.loads(content)
+    except ValueError:
+        raise ParameterError("--storage-options is not JSON; give an object such as {\"anon\": true}") from None
+    if not isinstance(options, dict):
+        raise ParameterError("--storage-options is not a JSON object; give one such as {\"anon\": true}")
+    return options
+
+
+class _progress:  # noqa: N801 - used as a context manager
+    """A progress bar for each stage, on a terminal."""
+
+    def __enter__(self) -> Progress | None:
+        self._bar: Any = None
+        if not sys.stderr.isatty():
+            return None
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self._bar = Bars(
+            TextColumn("{task.description:<20}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._bar.start()
+        return _Bars(self._bar)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class _Bars:
+    """Passes progress on to rich."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars = bars
+        self._task: Any = None
+
+    def start(self, name: str, n_rows: int) -> None:
+        self._task = self._bars.add_task(name, total=max(1, n_rows), rate="")
+
+    def advance(self, n_rows: int) -> None:
+        self._bars.advance(self._task, n_rows)
+        task = next(task for task in self._bars.tasks if task.id == self._task)
+        if task.elapsed:
+            self._bars.update(self._task, rate=f"{task.completed / task.elapsed:,.0f} rows/s")
+
+    def finish(self) -> None:
+        task = next(task for task in self._bars.tasks if task.id == self._task)
+        if task.completed and task.completed >= task.total or task.total == 1:
+            self._bars.update(self._task, completed=task.total)
+        self._bars.stop_task(self._task)
+
+
+def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(dict(result.run), indent=2, ensure_ascii=False))
+        return
+    if verbose:
+        for stage in result.timings:
+            _log.info("%-20s %9.2f s %12s rows/s", stage.name, stage.seconds, f"{stage.rows_per_second:,}")
+    rows = result.run["rows"]
+    lines = [
+        "",
+        f"rows        {result.n_rows:>14,}",
+        *([f"kept        {result.n_kept:>14,}"] if result.eps is not None else []),
+        *([f"duplicates  {result.n_duplicates:>14,}  ({result.duplicate_share:.1%})"] if result.eps is not None else []),
+        f"rejected    {result.n_rejected:>14,}",
+        *[f"  {reason}: {count:,}" for reason, count in rows["rejected_reasons"].items()],
+        f"time        {result.seconds:>12,.1f} s   peak memory {result.peak_memory / 1e6:,.0f} MB",
+        "",
+        "   eps    duplicates   share",
+    ]
+    examples = result.eps is None
+    for row in result.eps_rows:
+        bound = "" if row.exact else " at most"
+        mark = "  <- in force" if row.eps == result.eps else ""
+        lines.append(f"{row.eps:>6g} {row.duplicates:>13,} {row.share:>7.1%}{bound}{mark}")
+        if examples:
+            lines += [f"           {score:.4f}  {one}  ~  {other}" for one, other, score in row.examples]
+    lines.append("")
+    if result.eps is None:
+        lines += [
+            "No threshold was given, so nothing was removed. Look at the pairs above: each line shows pairs that",
+            "this value of eps adds. Choose a value, then: "
+            f"untwin apply {result.output_path} --eps VALUE",
+        ]
+    else:
+        lines += [f"The rows that stay: {result.kept_path}"] if result.run["parameters"]["kept"] != "none" else []
+        lines += [
+            f"What was removed, and because of which row: {result.duplicates_path}",
+            f"Another threshold: untwin apply {result.run.get('applied_to', {}).get('path', result.output_path)} --eps VALUE",
+        ]
+    click.echo("\n".join(lines))

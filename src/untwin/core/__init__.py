@@ -1,0 +1,51 @@
+"""The mathematics of untwin: NumPy arrays in, NumPy arrays out; no files, no stages, no logging.
+
+Every decision is independent, to the bit, of batching, row order, threads and BLAS: see `vectors` for how.
+"""
+
+from untwin.core.hashing import hash_bytes, hash_integers, hash_rows, mix_seed, uniform
+from untwin.core.kmeans import ArrayBlocks, KMeansResult, NearestCentroid, RowBlocks, fit, nearest
+from untwin.core.similarity import (
+    EPS_GRID,
+    Matches,
+    RankedArray,
+    RankedRows,
+    RowStore,
+    StoreFactory,
+    is_duplicate,
+    match_ranked,
+    memory_stores,
+    score_counts,
+    threshold,
+)
+from untwin.core.vectors import Invalid, blocks, normalize, product_error, rowwise_dot
+
+__all__ = [
+    "EPS_GRID",
+    "ArrayBlocks",
+    "Invalid",
+    "KMeansResult",
+    "Matches",
+    "NearestCentroid",
+    "RankedArray",
+    "RankedRows",
+    "RowBlocks",
+    "RowStore",
+    "StoreFactory",
+    "blocks",
+    "fit",
+    "hash_bytes",
+    "hash_integers",
+    "hash_rows",
+    "is_duplicate",
+    "match_ranked",
+    "memory_stores",
+    "mix_seed",
+    "nearest",
+    "normalize",
+    "product_error",
+    "rowwise_dot",
+    "score_counts",
+    "threshold",
+    "uniform",
+]

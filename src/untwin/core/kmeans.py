@@ -1,0 +1,551 @@
+"""Euclidean k-means on unit vectors: exact nearest centroids, and a fit over blocks of rows.
+
+Chance follows the rows' hashes, sums over rows are fixed-point integers, and close decisions are taken in
+fixed-order float64: the same set of (row, hash) gives the same bits however it is ordered, split into blocks
+or spread over threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from untwin.core.hashing import hash_integers, hash_rows, mix_seed, uniform
+from untwin.core.vectors import blocks as slices_of
+from untwin.core.vectors import float32_below, pair_squared_distance, rowwise_dot
+from untwin.errors import ParameterError
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
+Init = Literal["k-means||", "random"] | Float32
+T = TypeVar("T")
+BlockMap = Callable[[Callable[[int], T], Iterable[int]], Iterable[T]]
+"""Like `map` or `ThreadPoolExecutor.map`."""
+
+_ASSIGN_ROWS = 1024
+_ASSIGN_COLUMNS = 1024
+_SCALABLE_ROUNDS = 5
+_PROPOSALS = 128
+_FIRST, _SAMPLE, _PLUS_PLUS, _RANDOM, _FILL, _VECTOR = range(6)
+"""Purposes of random numbers: one seed each."""
+
+
+class RowBlocks(Protocol):
+    """Unit rows and the hashes of their ids, a block at a time; read from many threads."""
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows in all blocks."""
+
+    @property
+    def dim(self) -> int:
+        """Elements per row."""
+
+    def __len__(self) -> int:
+        """Count the blocks."""
+
+    def block(self, index: int) -> tuple[Float32, UInt64]:
+        """Read (b, D) float32 unit rows, C-contiguous, and their (b,) uint64 hashes, unique to a row."""
+
+
+class ArrayBlocks:
+    """`RowBlocks` in memory: (n, D) float32 unit rows and (n,) uint64 hashes of their ids."""
+
+    def __init__(self, X: Float32, hashes: UInt64, block_rows: int = 8192) -> None:
+        self._X, self._hashes = np.ascontiguousarray(X, dtype=np.float32), hashes
+        self._slices = list(slices_of(len(X), block_rows))
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows in all blocks."""
+        return len(self._X)
+
+    @property
+    def dim(self) -> int:
+        """Elements per row."""
+        return int(self._X.shape[1])
+
+    def __len__(self) -> int:
+        """Count the blocks."""
+        return len(self._slices)
+
+    def block(self, index: int) -> tuple[Float32, UInt64]:
+        """Rows and hashes of block `index`."""
+        rows = self._slices[index]
+        return self._X[rows], self._hashes[rows]
+
+
+@dataclass(frozen=True)
+class KMeansResult:
+    """A fitted k-means.
+
+    Attributes
+    ----------
+    centroids
+        (K, D) float32, not normalised. A cluster that is empty at the end (always so for the surplus if there
+        are more clusters than distinct rows) keeps the row that it was last started from.
+    counts
+        (K,) int64, rows nearest to each centroid.
+    inertia
+        Sum of squared distances of the rows to their nearest centroid.
+    n_iter
+        Iterations run.
+    mean_cosine
+        Mean cosine similarity of the rows to their centroid.
+    n_rows
+        Rows fitted on.
+
+    """
+
+    centroids: Float32
+    counts: Int64
+    inertia: float
+    n_iter: int
+    mean_cosine: float
+    n_rows: int
+
+
+class NearestCentroid:
+    """Finds the nearest of (K, D) float32 centroids; prepared once, used from many threads."""
+
+    def __init__(self, centroids: Float32) -> None:
+        centroids = np.ascontiguousarray(centroids, dtype=np.float32)
+        # Identical centroids would tie for every row: only the first of them can win.
+        _, first, group = np.unique(hash_rows(centroids, 0), return_index=True, return_inverse=True)
+        copy = (first[group] != np.arange(len(centroids))) & (centroids == centroids[first[group]]).all(
+            axis=1
+        )
+        self._index = np.flatnonzero(~copy).astype(np.int32)
+        self._centroids = centroids if not copy.any() else centroids[self._index]
+        squares = rowwise_dot(self._centroids, self._centroids)
+        self._half_squares = (squares / 2).astype(np.float32)
+        largest = float(np.sqrt(squares.max(initial=0.0)))
+        dim = centroids.shape[1]
+        # As `product_error`, for centroids of any norm, and with the rounding of |c|^2 / 2 and of its
+        # subtraction.
+        self._error = 1.01 * 2.0**-24 * ((dim + 8) * largest + 2 * (largest + largest**2))
+
+    def labels(self, X: Float32) -> Int32:
+        """Find the centroid nearest to each (n, D) float32 unit row (ties: the lowest); (n,) int32."""
+        out = np.empty(len(X), np.int32)
+        for rows in slices_of(len(X), _ASSIGN_ROWS):
+            out[rows] = self._nearest(X[rows])
+        return self._index[out]
+
+    def assign(self, X: Float32) -> tuple[Int32, Float64]:
+        """`labels`, and the squared Euclidean distances, (n,) float64, in fixed order."""
+        labels = self.labels(X)
+        at = np.searchsorted(self._index, labels)
+        return labels, pair_squared_distance(X, np.arange(len(X)), self._centroids, at)
+
+    def _nearest(self, X: Float32) -> npt.NDArray[np.intp]:
+        """Find the largest x.c - |c|^2 / 2 among the distinct centroids, exactly where it is close."""
+        top = np.full(len(X), -np.inf, np.float32)
+        found = []
+        scratch = np.empty(len(X) * min(_ASSIGN_COLUMNS, len(self._centroids)), np.float32)
+        for columns in slices_of(len(self._centroids), _ASSIGN_COLUMNS):
+            width = columns.stop - columns.start
+            products = scratch[: len(X) * width].reshape(len(X), width)
+            np.matmul(X, self._centroids[columns].T, out=products)
+            np.subtract(products, self._half_squares[columns], out=products)
+            np.maximum(top, products.max(axis=1), out=top)
+            flat = np.flatnonzero(products >= float32_below(top - 2 * self._error)[:, None])
+            i, j = np.divmod(flat, width)
+            found.append((i, j + columns.start, products.reshape(-1)[flat]))
+        if len(found) == 1:
+            i, j, _ = found[0]
+        else:
+            i, j, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            close = score >= float32_below(top - 2 * self._error)[i]
+            i, j = i[close], j[close]
+        best = np.empty(len(X), np.intp)
+        best[i] = j
+        if len(i) > len(X):
+            unsure = np.bincount(i, minlength=len(X))[i] > 1
+            i, j = i[unsure], j[unsure]
+            distance = pair_squared_distance(X, i, self._centroids, j)
+            order = np.lexsort((j, distance, i))
+            lead = order[np.diff(i[order], prepend=-1) > 0]
+            best[i[lead]] = j[lead]
+        return best
+
+
+def nearest(X: Float32, centroids: Float32) -> tuple[Int32, Float64]:
+    """Find the centroid nearest to each row, by Euclidean distance.
+
+    Parameters
+    ----------
+    X
+        (n, D) float32 unit rows, C-contiguous.
+    centroids
+        (K, D) float32, of any norm.
+
+    Returns
+    -------
+    labels
+        (n,) int32; ties go to the lowest index.
+    sq_dist
+        (n,) float64, squared distances in fixed order.
+
+    """
+    return NearestCentroid(centroids).assign(X)
+
+
+def fit(
+    blocks: RowBlocks,
+    n_clusters: int,
+    *,
+    init: Init = "k-means||",
+    max_iter: int = 300,
+    tol: float = 1e-4,
+    n_init: int = 1,
+    oversampling_factor: float = 2.0,
+    seed: int = 42,
+    executor_map: BlockMap[Any] = map,
+) -> KMeansResult:
+    """Fit `n_clusters` centroids by Lloyd's algorithm.
+
+    An iteration that leaves clusters empty moves them to the distinct rows that are farthest from their
+    centroids. It stops when no label changes, when the centroids' squared shifts sum up to at most `tol`
+    times the mean variance of a feature (as scikit-learn does), or after `max_iter` iterations.
+
+    Parameters
+    ----------
+    blocks
+        The rows. Memory holds a few numbers per row and (K, D) arrays, besides the blocks at work.
+    n_clusters
+        K, at most the number of rows.
+    init
+        "k-means||": Bahmani et al., "Scalable k-means++", PVLDB 5(7), 2012, algorithm 2, with 5 rounds; the
+        candidates are reduced by weighted k-means++. "random": the rows with the smallest seeded hash. Or a
+        (K, D) array.
+    max_iter, tol
+        See above.
+    n_init
+        Runs with derived seeds, of which the one with the least inertia counts; 1 is enough for an array.
+    oversampling_factor
+        Candidates per round of k-means||, as a multiple of K.
+    seed
+        Any integer.
+    executor_map
+        Map-like callable for the blocks, for instance `ThreadPoolExecutor.map`.
+
+    Raises
+    ------
+    ParameterError
+        If a parameter makes no sense, or there are fewer rows than clusters.
+
+    """
+    n_rows, dim = blocks.n_rows, blocks.dim
+    if n_clusters < 1:
+        raise ParameterError(f"n_clusters must be at least 1, not {n_clusters}")
+    if n_clusters > n_rows:
+        raise ParameterError(f"n_clusters is {n_clusters}, but there are only {n_rows} rows to fit on")
+    if max_iter < 1:
+        raise ParameterError(f"max_iter must be at least 1, not {max_iter}")
+    if not tol >= 0:
+        raise ParameterError(f"tol must not be negative, and is {tol}")
+    if n_init < 1:
+        raise ParameterError(f"n_init must be at least 1, not {n_init}")
+    if not oversampling_factor > 0:
+        raise ParameterError(f"oversampling_factor must be greater than 0, not {oversampling_factor}")
+    if isinstance(init, str):
+        if init not in ("k-means||", "random"):
+            raise ParameterError(f"init must be 'k-means||', 'random' or an array, not {init!r}")
+    elif np.shape(init) != (n_clusters, dim):
+        raise ParameterError(f"init must have shape {(n_clusters, dim)}, not {np.shape(init)}")
+    elif not np.isfinite(init).all():
+        raise ParameterError("init must be finite")
+
+    run = _Fit(blocks, n_clusters, executor_map)
+    results = []
+    for attempt in range(n_init if isinstance(init, str) else 1):
+        run_seed = mix_seed(seed, attempt)
+        if not isinstance(init, str):
+            start = np.array(init, dtype=np.float32, order="C")
+        elif init == "random":
+            start = run.random_rows(n_clusters, mix_seed(run_seed, _RANDOM))
+        else:
+            start = run.scalable_init(oversampling_factor, run_seed)
+        results.append(run.lloyd(start, max_iter, tol))
+    return min(results, key=lambda result: result.inertia)
+
+
+class _Fit:
+    """The rows with what is held of each (hash, label, squared distance), and passes over them."""
+
+    def __init__(self, blocks: RowBlocks, n_clusters: int, executor_map: BlockMap[Any]) -> None:
+        self.blocks, self.n_clusters, self.executor_map = blocks, n_clusters, executor_map
+        self.n, self.dim = blocks.n_rows, blocks.dim
+        self.bits = min(40, 62 - self.n.bit_length())
+        """Fraction bits of the fixed-point sums: n elements of at most 1 stay below 2**62."""
+        self.lock = threading.Lock()
+        sums = np.zeros(self.dim, np.int64)
+
+        def survey(index: int) -> tuple[UInt64, Float64]:
+            X, hashes = blocks.block(index)
+            part = self._fixed(X).sum(axis=0)
+            square = rowwise_dot(X, X)
+            if not (np.abs(square - 1) < 1e-5).all():
+                raise ParameterError("rows must be of unit length: use untwin.core.normalize")
+            with self.lock:
+                np.add(sums, part, out=sums)
+            return hashes, square
+
+        surveyed = list(executor_map(survey, range(len(blocks))))
+        self.hashes = np.concatenate([hashes for hashes, _ in surveyed])
+        self.offsets = np.cumsum([0] + [len(hashes) for hashes, _ in surveyed])
+        if len(self.hashes) != self.n:
+            raise ParameterError(f"the blocks hold {len(self.hashes)} rows, not {self.n} as they say")
+        mean = sums / (self.n * 2.0**self.bits)
+        square = _order_free_sum(np.concatenate([square for _, square in surveyed])) / self.n
+        self.mean_variance = max(0.0, (square - float(np.add.reduce(mean * mean))) / self.dim)
+
+    def _fixed(self, X: Float32) -> Int64:
+        return np.rint(np.multiply(X, 2.0**self.bits, dtype=np.float64)).astype(np.int64)
+
+    def _rows_of(self, index: int) -> slice:
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def _each(self, work: Callable[[int], Any], indices: Iterable[int] | None = None) -> list[Any]:
+        return list(self.executor_map(work, range(len(self.blocks)) if indices is None else indices))
+
+    def gather(self, positions: Int64) -> Float32:
+        """Rows at ascending positions, (m, D) float32."""
+        out = np.empty((len(positions), self.dim), np.float32)
+        bounds = np.searchsorted(positions, self.offsets)
+
+        def copy(index: int) -> None:
+            lo, hi = bounds[index], bounds[index + 1]
+            out[lo:hi] = self.blocks.block(index)[0][positions[lo:hi] - self.offsets[index]]
+
+        self._each(copy, np.flatnonzero(np.diff(bounds)).tolist())
+        return out
+
+    def _in_hash_order(self, positions: Int64, keys: UInt64) -> Float32:
+        """Gather rows at ascending positions, and sort them by key, then by their bytes."""
+        rows = self.gather(positions)
+        order = np.argsort(keys, kind="stable")
+        if (keys[order[1:]] == keys[order[:-1]]).any():
+            order = np.array(sorted(range(len(keys)), key=lambda at: (keys[at], rows[at].tobytes())))
+        return rows[order]
+
+    def random_rows(self, count: int, seed: int) -> Float32:
+        """Rows of the `count` smallest re-seeded hashes, in the order of those."""
+        keys = hash_integers(self.hashes, seed)
+        largest = np.partition(keys, count - 1)[count - 1]
+        positions = np.flatnonzero(keys <= largest)
+        return self._in_hash_order(positions, keys[positions])[:count]
+
+    def scalable_init(self, oversampling_factor: float, seed: int) -> Float32:
+        """k-means||: sample candidates in rounds, weigh each by the rows nearest to it, choose."""
+        candidates = self.random_rows(1, mix_seed(seed, _FIRST))
+        label, square = self._assign(candidates)
+        for number in range(_SCALABLE_ROUNDS):
+            cost = _order_free_sum(square)
+            if cost <= 0:
+                break
+            keys = hash_integers(self.hashes, mix_seed(seed, _SAMPLE, number))
+            chosen = np.flatnonzero(uniform(keys) < oversampling_factor * self.n_clusters * (square / cost))
+            if not len(chosen):
+                continue
+            new = self._in_hash_order(chosen, keys[chosen])
+            new_label, new_square = self._assign(new)
+            nearer = new_square < square
+            label[nearer] = new_label[nearer] + len(candidates)
+            square[nearer] = new_square[nearer]
+            candidates = np.concatenate([candidates, new])
+        weight = np.bincount(label, minlength=len(candidates))
+        start = plus_plus(candidates, weight, self.n_clusters, mix_seed(seed, _PLUS_PLUS))
+        missing = self.n_clusters - len(start)
+        if missing:
+            start = np.concatenate([start, self.random_rows(missing, mix_seed(seed, _FILL))])
+        return start
+
+    def _assign(self, centroids: Float32) -> tuple[Int32, Float64]:
+        """Label and squared distance of every row."""
+        finder = NearestCentroid(centroids)
+        label, square = np.empty(self.n, np.int32), np.empty(self.n, np.float64)
+
+        def work(index: int) -> None:
+            rows = self._rows_of(index)
+            label[rows], square[rows] = finder.assign(self.blocks.block(index)[0])
+
+        self._each(work)
+        return label, square
+
+    def lloyd(self, centroids: Float32, max_iter: int, tol: float) -> KMeansResult:
+        """Lloyd's iterations from given centroids; sums change only by the rows that move, exactly."""
+        label = np.full(self.n, -1, np.int32)
+        sums = np.zeros((self.n_clusters, self.dim), np.int64)
+        counts = np.zeros(self.n_clusters, np.int64)
+        n_iter = 0
+        while n_iter < max_iter:
+            n_iter += 1
+            finder = NearestCentroid(centroids)
+
+            def work(index: int, finder: NearestCentroid = finder) -> int:
+                rows = self._rows_of(index)
+                X = self.blocks.block(index)[0]
+                new, old = finder.labels(X), label[rows].copy()
+                moved = np.flatnonzero(new != old)
+                label[rows] = new
+                if len(moved):
+                    values = self._fixed(X[moved])
+                    self._add(sums, counts, values, new[moved], 1)
+                    settled = old[moved] >= 0
+                    self._add(sums, counts, values[settled], old[moved][settled], -1)
+                return len(moved)
+
+            changed = sum(self._each(work))
+            empty = np.flatnonzero(counts == 0)
+            reseeds = self._farthest(centroids, label, len(empty)) if len(empty) else centroids[:0]
+            if not changed and not len(reseeds):
+                break
+            full = counts > 0
+            moved_centroids = centroids.copy()
+            moved_centroids[full] = sums[full] / (counts[full, None] * 2.0**self.bits)
+            moved_centroids[empty[: len(reseeds)]] = reseeds
+            shift = moved_centroids.astype(np.float64) - centroids
+            centroids = moved_centroids
+            if not len(reseeds) and np.add.reduce((shift * shift).ravel()) <= tol * self.mean_variance:
+                break
+        return self._result(centroids, n_iter)
+
+    def _add(self, sums: Int64, counts: Int64, values: Int64, label: Int32, sign: int) -> None:
+        """Add rows of fixed-point values to their clusters' sums; integers, so order does not matter."""
+        if not len(label):
+            return
+        order = np.argsort(label, kind="stable")
+        starts = np.flatnonzero(np.diff(label[order], prepend=-1))
+        ends = np.append(starts[1:], len(label))
+        present = label[order[starts]]
+        part = np.empty((len(starts), self.dim), np.int64)
+        values = values[order]
+        for at, (lo, hi) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+            np.add.reduce(values[lo:hi], axis=0, out=part[at])
+        with self.lock:
+            sums[present] += sign * part
+            counts[present] += sign * (ends - starts)
+
+    def _farthest(self, centroids: Float32, label: Int32, count: int) -> Float32:
+        """Up to `count` distinct rows that are farthest from, and not just rounded to, their centroids."""
+        square, vector = np.empty(self.n, np.float64), np.empty(self.n, np.uint64)
+
+        def work(index: int) -> None:
+            rows = self._rows_of(index)
+            X = self.blocks.block(index)[0]
+            square[rows] = pair_squared_distance(X, np.arange(len(X)), centroids, label[rows].astype(np.intp))
+            vector[rows] = hash_rows(X, _VECTOR)
+
+        self._each(work)
+        order = np.lexsort((vector, self.hashes, -square))
+        order = order[square[order] > self.dim * 4.0**-self.bits]
+        _, first = np.unique(vector[order], return_index=True)
+        chosen = order[np.sort(first)[:count]]
+        ascending = np.argsort(chosen)
+        out = np.empty((len(chosen), self.dim), np.float32)
+        out[ascending] = self.gather(chosen[ascending])
+        return out
+
+    def _result(self, centroids: Float32, n_iter: int) -> KMeansResult:
+        """Assign every row to the final centroids, and sum up."""
+        finder = NearestCentroid(centroids)
+        norms = np.sqrt(rowwise_dot(centroids, centroids))
+        norms[norms == 0] = 1
+        label = np.empty(self.n, np.int32)
+        square, cosine = np.empty(self.n, np.float64), np.empty(self.n, np.float64)
+
+        def work(index: int) -> None:
+            rows = self._rows_of(index)
+            X = self.blocks.block(index)[0]
+            label[rows], square[rows] = finder.assign(X)
+            # x.c from |x - c|^2 would cancel; x.x is 1 up to float32 rounding, so ask for the product itself.
+            for part in slices_of(len(X), 1024):
+                at = label[rows][part]
+                cosine[rows][part] = rowwise_dot(X[part], centroids[at]) / norms[at]
+
+        self._each(work)
+        return KMeansResult(
+            centroids=centroids,
+            counts=np.bincount(label, minlength=self.n_clusters),
+            inertia=_order_free_sum(square),
+            n_iter=n_iter,
+            mean_cosine=_order_free_sum(cosine) / self.n,
+            n_rows=self.n,
+        )
+
+
+def plus_plus(candidates: Float32, weight: Int64, count: int, seed: int) -> Float32:
+    """Choose up to `count` distinct rows of `candidates` by weighted k-means++ sampling.
+
+    Arthur & Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007: each next centre is
+    drawn with probability proportional to weight times squared distance to the nearest centre so far. Drawn
+    in batches: a row is proposed by the distances at the batch's start, and accepted with probability
+    (distance now) / (distance then). That is the same distribution, and the distances can be updated by
+    matrix products.
+
+    Parameters
+    ----------
+    candidates
+        (m, D) float32, in an order that depends on the rows only.
+    weight
+        (m,) int64, not negative.
+    count
+        Rows wanted; fewer are returned if fewer are distinct and have a weight.
+    seed
+        Any integer.
+
+    Returns
+    -------
+    (k, D) float32, k <= count.
+
+    """
+    draws = 0
+
+    def draw(shape: int) -> Float64:
+        nonlocal draws
+        draws += shape
+        return uniform(hash_integers(np.arange(draws - shape, draws, dtype=np.int64), seed))
+
+    chosen: list[int] = []
+    square = np.ones(len(candidates))
+    while len(chosen) < count:
+        cumulated = np.cumsum(weight * square)
+        if not cumulated[-1] > 0:
+            break
+        size = int(np.clip(len(chosen) // 2, 1, _PROPOSALS))
+        proposed = np.searchsorted(cumulated, draw(size) * cumulated[-1], side="right")
+        proposed = np.minimum(proposed, len(candidates) - 1)
+        accept = draw(size) * square[proposed]
+        i, j = np.indices((size, size)).reshape(2, -1)
+        between = pair_squared_distance(candidates, proposed[i], candidates, proposed[j]).reshape(size, size)
+        now = square[proposed].copy()
+        new: list[int] = []
+        for at in range(size):
+            if accept[at] < now[at] and len(chosen) + len(new) < count:
+                new.append(int(proposed[at]))
+                now = np.minimum(now, between[at])
+        if not new:
+            continue
+        square_to_new = NearestCentroid(candidates[new]).assign(candidates)[1]
+        square = np.minimum(square, square_to_new) if chosen else square_to_new
+        chosen += new
+    return candidates[chosen]
+
+
+def _order_free_sum(values: Float64) -> float:
+    """Sum (n,) values in fixed point, relative to the largest: the same bits in any order."""
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest == 0:
+        return 0.0
+    shift = 62 - len(values).bit_length() - int(np.frexp(largest)[1])
+    return float(np.ldexp(float(np.rint(np.ldexp(values, shift)).astype(np.int64).sum()), -shift))

@@ -1,0 +1,135 @@
+"""Another threshold on a finished run, without clustering again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from untwin.backends.base import Progress
+from untwin.core import threshold
+from untwin.errors import OutputExistsError, ParameterError
+from untwin.jobs.output import OutputFolder
+from untwin.jobs.parameters import parse_bytes
+from untwin.jobs.record import collect, eps_table, now, package_versions, peak_memory, stage_table
+from untwin.jobs.result import RunResult
+from untwin.jobs.run import make_executor, parameters_of, removal_stage
+from untwin.pipeline import Pipeline
+from untwin.stages.duplicates import IdentifyDuplicatesStage
+from untwin.stages.pairwise import PairwiseStage
+from untwin.stages.tasks import DuplicatesTask, PairsTask
+from untwin.storage.files import Storage, normalize_path, redact
+from untwin.storage.listing import Listing
+
+
+def apply(
+    output_path: str,
+    *,
+    eps: float,
+    to: str | None = None,
+    kept: str | None = None,
+    memory: int | str | None = None,
+    workers: int | None = None,
+    backend: str = "local",
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Write the answer for another eps beside a finished run. The clusters are compared again, not made again.
+
+    Args:
+        output_path: Output folder of a finished run that still has its `kmeans/`.
+        eps: The threshold.
+        to: Folder for the answer; default: `eps=VALUE` in `output_path`.
+        kept: `compact`, `mirror` or `none`; default: as in the run.
+        memory: Budget, as bytes or as in "4GB".
+        workers: Threads.
+        backend: How the work is run.
+        storage_options: For fsspec.
+        progress: Gets told how far the work is.
+
+    Returns:
+        The answer. If it is there already, nothing is done.
+
+    Raises:
+        UntwinError: No finished run there, its input changed, or the folder for the answer holds something else.
+    """
+    threshold(eps)
+    storage = Storage(dict(storage_options or {}))
+    executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory))
+    run_folder = OutputFolder(storage, normalize_path(os.fspath(output_path)))
+    run = run_folder.read_run()
+    if run is None:
+        raise ParameterError(f"{redact(run_folder.path)}: holds no finished run (no run.json); untwin run makes one")
+    folder = OutputFolder(storage, normalize_path(os.fspath(to)) if to else run_folder.file(f"eps={eps:g}"))
+    parameters = dataclasses.replace(
+        parameters_of(run, storage.options), eps=eps, drop_intermediate=False, kept=kept or run["parameters"]["kept"]
+    )
+    done = _existing(folder, run, parameters.answer())
+    if done is not None:
+        return RunResult.from_run(folder, done)
+    if not storage.names(run_folder.file("kmeans")):
+        raise ParameterError(
+            f"{redact(run_folder.path)}: has no kmeans/ any more (drop_intermediate), so rows cannot be compared again; "
+            f"run untwin run with --eps {eps:g} into another folder"
+        )
+    listing = Listing.read(storage, run_folder.listing_path)
+    if parameters.kept != "none":
+        listing.check_unchanged(storage)
+    started = time.perf_counter()
+    kwargs = {"storage_options": dict(storage.options)}
+    pairwise = PairwiseStage(
+        id_field=parameters.id_field,
+        embedding_field=parameters.embedding_field,
+        input_path=run_folder.file("kmeans"),
+        output_path=folder.file("pairwise"),
+        ranking_strategy=parameters.ranking(),
+        read_kwargs=kwargs,
+        write_kwargs=kwargs,
+        compare_to=parameters.compare_to,
+        eps=eps,
+    )
+    identify = IdentifyDuplicatesStage(folder.path, eps, read_kwargs=kwargs, write_kwargs=kwargs)
+    identify.n_input_rows = listing.n_rows
+    stages: list[Any] = [pairwise, identify]
+    if parameters.kept != "none":
+        stages.append(removal_stage(parameters, listing, folder))
+    outcome = Pipeline("untwin apply", stages=stages).run(executor, progress)
+    (found,) = collect(outcome, DuplicatesTask)
+    record = dict(run)
+    record["finished"] = now()
+    record["parameters"] = parameters.answer()
+    record["packages"] = package_versions()
+    record["applied_to"] = {"path": redact(run_folder.path), "finished": run["finished"]}
+    record["rows"] = {
+        **run["rows"],
+        "kept": found.n_kept,
+        "duplicates": found.n_duplicates,
+        "groups": found.n_groups,
+    }
+    record["resources"] = {"backend": backend, "workers": executor.workers, "memory_bytes": executor.memory}
+    record["stages"] = stage_table(outcome)
+    record["eps_table"] = eps_table(collect(outcome, PairsTask), parameters, found.n_duplicates)
+    record["peak_memory_bytes"] = peak_memory()
+    record["seconds"] = round(time.perf_counter() - started, 3)
+    storage.write_json(folder.run_path, record)
+    return RunResult.from_run(folder, record)
+
+
+def _existing(folder: OutputFolder, run: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The answer that is there already; None if the folder is free."""
+    names = folder.storage.names(folder.path)
+    if not names:
+        return None
+    known = folder.read_run()
+    if (
+        known is not None
+        and known.get("applied_to", {}).get("finished") == run["finished"]
+        and known["parameters"] == answer
+    ):
+        return known
+    raise OutputExistsError(
+        f"{redact(folder.path)}: holds something else already ({', '.join(names[:5])}); give another folder with --to, "
+        "or remove that one"
+    )

@@ -1,0 +1,139 @@
+"""The output folder: what in it is ours, whether it is finished, and starting anew."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from untwin.errors import OutputExistsError
+from untwin.storage.files import Storage, join, redact
+from untwin.storage.listing import Listing
+
+FORMAT_VERSION = 1
+_TEMPORARY = r"_tmp-[0-9a-f]{32}"
+_OURS = re.compile(
+    r"(?:eps=[^/]+/)?(?:"
+    r"run\.json|groups\.parquet|_plan/(?:plan\.json|listing\.parquet)|_work/.*|"
+    r"kmeans/(?:_centroids\.npy|_work/.*|centroid=\d+/part-\d+\.parquet)|"
+    r"pairwise/(?:cluster_\d+\.parquet|_rows/unit-\d+\.npy|_work/.*)|"
+    r"duplicates/(?:part-\d+\.parquet|_kept\.bits|_work/.*)|"
+    r"rejected/(?:invalid|repeated)-\d+\.parquet|"
+    r"kept/(?:part-\d+(?:-\d+)?\.(?:parquet|jsonl|ndjson)|(?:img_emb|metadata)_\d+\.(?:npy|parquet)|_work/.*)|"
+    rf"(?:[^/]+/)*{_TEMPORARY})"
+)
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """An output folder of a run, or of an answer beside it."""
+
+    storage: Storage
+    path: str
+
+    def file(self, *names: str) -> str:
+        """A path below the folder."""
+        return join(self.path, *names)
+
+    @property
+    def plan_path(self) -> str:
+        """The plan: written before any work starts."""
+        return self.file("_plan", "plan.json")
+
+    @property
+    def listing_path(self) -> str:
+        """The listing of the input."""
+        return self.file("_plan", "listing.parquet")
+
+    @property
+    def run_path(self) -> str:
+        """`run.json`: written last."""
+        return self.file("run.json")
+
+    def read_run(self) -> dict[str, Any] | None:
+        """What a finished run wrote about itself; None if there is none."""
+        if not self.storage.exists(self.run_path):
+            return None
+        run: dict[str, Any] = self.storage.read_json(self.run_path)
+        return run
+
+    def finished_same(self, answer: Mapping[str, Any], digest: str) -> dict[str, Any] | None:
+        """The `run.json` of a finished run with the same parameters and input; None if the folder is free.
+
+        Raises:
+            OutputExistsError: The folder holds something else.
+        """
+        names = self.storage.names(self.path)
+        if not names:
+            if self.storage.exists(self.path) and not self.storage.is_folder(self.path):
+                raise OutputExistsError(f"{redact(self.path)}: is a file; give a folder")
+            return None
+        if not self.storage.exists(self.plan_path):
+            raise OutputExistsError(
+                f"{redact(self.path)}: holds files that untwin did not make ({', '.join(names[:5])}); "
+                "choose an empty or new folder"
+            )
+        run = self.read_run()
+        known = run or self.storage.read_json(self.plan_path)
+        if known.get("format_version") != FORMAT_VERSION:
+            raise OutputExistsError(
+                f"{redact(self.path)}: was made by another version of untwin; choose another folder, or give --overwrite"
+            )
+        before = known["parameters"]
+        differing = [
+            f"{name} (was {before.get(name)!r}, now {answer.get(name)!r})"
+            for name in answer
+            if before.get(name) != answer.get(name)
+        ]
+        if not differing and known["input"]["digest"] != digest:
+            differing = ["the input files (another listing, size or modification time)"]
+        if differing:
+            raise OutputExistsError(
+                f"{redact(self.path)}: holds a run that differs in {'; '.join(differing)}; choose another folder, "
+                "or give --overwrite to remove that run and start anew"
+            )
+        if run is None:
+            raise OutputExistsError(
+                f"{redact(self.path)}: holds a run that did not finish; give --overwrite to remove it and start anew"
+            )
+        return run
+
+    def clear(self) -> None:
+        """Remove an earlier run: exactly the files that untwin makes.
+
+        Raises:
+            OutputExistsError: There is a file that untwin did not make; nothing is removed then.
+        """
+        if not self.storage.names(self.path):
+            return
+        if not self.storage.exists(self.plan_path):
+            raise OutputExistsError(
+                f"{redact(self.path)}: holds no run of untwin; --overwrite removes nothing else; choose another folder"
+            )
+        mirrored: set[str] = set()
+        if self.storage.exists(self.listing_path):
+            relative = Listing.read(self.storage, self.listing_path).files["relative"].to_pylist()
+            mirrored = {posixpath.splitext(name)[0] for name in relative}
+        files = [file.path for file in self.storage.find(self.path)]
+        foreign = [path for path in files if not self._is_ours(path[len(self.path) :].strip("/"), mirrored)]
+        if foreign:
+            raise OutputExistsError(
+                f"{redact(self.path)}: holds files that untwin did not make ({', '.join(map(redact, foreign[:5]))}); "
+                "move them away before --overwrite"
+            )
+        for name in self.storage.names(self.path):
+            if name != "_plan":
+                self.storage.remove(self.file(name))
+        self.storage.remove(self.file("_plan"))
+
+    @staticmethod
+    def _is_ours(relative: str, mirrored: set[str]) -> bool:
+        if _OURS.fullmatch(relative):
+            return True
+        match = re.fullmatch(r"(?:eps=[^/]+/)?kept/(.*)", relative, re.DOTALL)
+        if not match:
+            return False
+        stem = posixpath.splitext(match.group(1))[0]
+        return stem in mirrored or re.sub(r"-\d+$", "", stem) in mirrored

@@ -1,0 +1,221 @@
+"""`run.json`: what a run writes about itself, and the check that it adds up."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+import untwin
+from untwin.backends.base import Outcome
+from untwin.core import EPS_GRID
+from untwin.errors import ResultMismatchError
+from untwin.jobs.output import FORMAT_VERSION, OutputFolder
+from untwin.jobs.parameters import RunParameters
+from untwin.stages.clustering import add_counts
+from untwin.stages.pairwise import merge_examples
+from untwin.stages.tasks import CentroidsTask, DuplicatesTask, KeptTask, PairsTask, RepeatsTask, ShardsTask
+from untwin.storage.bitmap import empty_bitmap, set_bits
+from untwin.storage.files import redact
+from untwin.storage.inputs import naming_file
+from untwin.storage.listing import Listing
+from untwin.storage.partitions import read_array
+
+_PACKAGES = ("numpy", "pyarrow", "fsspec", "threadpoolctl")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what the answer is computed with."""
+    versions = {"untwin": untwin.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    with suppress(OSError, AttributeError):
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if match:
+            return int(match.group(1)) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def describe_input(listing: Listing, parameters: RunParameters) -> dict[str, Any]:
+    """What `run.json` says of the input."""
+    return {
+        "path": [redact(path) for path in parameters.inputs],
+        "digest": listing.digest(),
+        "files": listing.files.num_rows,
+        "bytes": listing.n_bytes,
+        "rows": listing.n_rows,
+        "dim": listing.dim,
+        "id_type": str(listing.id_type),
+    }
+
+
+def collect(outcome: Outcome, kind: type[Any]) -> list[Any]:
+    """All tasks of a kind that a run gave."""
+    return [task for tasks in outcome.tasks.values() for task in tasks if isinstance(task, kind)]
+
+
+def row_counts(outcome: Outcome, n_rows: int) -> dict[str, Any]:
+    """How many rows ended as what."""
+    reasons = add_counts([task.rejected for task in (*collect(outcome, ShardsTask), *collect(outcome, RepeatsTask))])
+    rejected = sum(reasons.values())
+    found = collect(outcome, DuplicatesTask)
+    n_duplicates = found[0].n_duplicates if found else 0
+    compared = sum(task.n_rows for task in collect(outcome, PairsTask))
+    return {
+        "input": n_rows,
+        "kept": found[0].n_kept if found else compared,
+        "duplicates": n_duplicates,
+        "rejected": rejected,
+        "rejected_reasons": reasons,
+        "groups": found[0].n_groups if found else 0,
+    }
+
+
+def stage_table(outcome: Outcome) -> list[dict[str, Any]]:
+    """Seconds and rows a second of each stage."""
+    return [
+        {
+            "name": report.name,
+            "units": report.n_units,
+            "rows": report.n_rows,
+            "seconds": round(report.seconds, 3),
+            "rows_per_second": round(report.n_rows / report.seconds) if report.seconds else 0,
+        }
+        for report in outcome.reports
+    ]
+
+
+def eps_table(pairs: Sequence[PairsTask], parameters: RunParameters, n_duplicates: int | None) -> list[dict[str, Any]]:
+    """Duplicates at each eps of the grid, and at the eps in force."""
+    compared = max(1, sum(task.n_rows for task in pairs))
+    totals = np.sum([task.counts for task in pairs], axis=0) if pairs else np.zeros(len(EPS_GRID), int)
+    examples = merge_examples(pairs)
+    exact = parameters.compare_to == "ranked"
+    rows = {
+        eps: {
+            "eps": eps,
+            "duplicates": int(total),
+            "share": int(total) / compared,
+            "exact": exact,
+            "examples": [{"id": pair.id, "max_id": pair.max_id, "cosine_sim_score": pair.score} for pair in shown],
+        }
+        for eps, total, shown in zip(EPS_GRID, totals, examples, strict=True)
+    }
+    if parameters.eps is not None and n_duplicates is not None:
+        known = rows.get(parameters.eps, {"examples": []})
+        rows[parameters.eps] = {
+            "eps": parameters.eps,
+            "duplicates": n_duplicates,
+            "share": n_duplicates / compared,
+            "exact": True,
+            "examples": known["examples"],
+        }
+    return [rows[eps] for eps in sorted(rows)]
+
+
+def run_record(
+    parameters: RunParameters, listing: Listing, outcome: Outcome, *, n_clusters: int, resources: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that `run.json` holds."""
+    pairs = collect(outcome, PairsTask)
+    sizes = [rows for task in pairs for _, rows in task.clusters]
+    counts = row_counts(outcome, listing.n_rows)
+    record: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "finished": now(),
+        "parameters": parameters.answer(),
+        "resources": resources,
+        "packages": package_versions(),
+        "input": describe_input(listing, parameters),
+        "rows": counts,
+        "seconds": 0.0,
+        "peak_memory_bytes": peak_memory(),
+        "stages": stage_table(outcome),
+        "clusters": {
+            "n_clusters": n_clusters,
+            "non_empty": len(sizes),
+            "min": min(sizes, default=0),
+            "median": float(np.median(sizes)) if sizes else 0.0,
+            "max": max(sizes, default=0),
+        },
+    }
+    models = collect(outcome, CentroidsTask)
+    if models:
+        shards = collect(outcome, ShardsTask)
+        judged = max(1, sum(sum(task.cluster_rows.values()) for task in shards))
+        record["kmeans"] = {
+            "sample_rows": models[0].n_sampled,
+            "dim": models[0].dim,
+            "iterations": models[0].n_iter,
+            "sample_inertia": models[0].inertia,
+            "inertia": sum(task.sum_sq_dist for task in shards),
+            "mean_cosine_to_centroid": sum(task.sum_cosine for task in shards) / judged,
+        }
+    decided = counts["duplicates"] if parameters.eps is not None else None
+    record["eps_table"] = eps_table(pairs, parameters, decided)
+    return record
+
+
+def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder, rejected_path: str) -> None:
+    """Make sure that every input row is exactly one of kept, duplicate, rejected.
+
+    Each compared row is kept or a duplicate; so every row must be compared or rejected, and none twice.
+
+    Raises:
+        ResultMismatchError: It is not so.
+    """
+    seen = empty_bitmap(listing.n_rows)
+    n_seen = 0
+    for task in collect(outcome, PairsTask):
+        rows = np.asarray(read_array(folder.storage, task.rows_path), np.int64)
+        set_bits(seen, rows)
+        n_seen += len(rows)
+    for name in folder.storage.names(rejected_path):
+        path = f"{rejected_path}/{name}"
+        with naming_file(path), folder.storage.open(path) as source:
+            table = pq.read_table(source, columns=["file", "row"], partitioning=None)
+        files = pc.index_in(table["file"].cast(pa.large_string()), listing.files["path"].combine_chunks())
+        first = listing.files["first_row"].take(files.combine_chunks() if hasattr(files, "combine_chunks") else files)
+        rows = np.asarray(first.to_numpy() + table["row"].to_numpy(), np.int64)
+        set_bits(seen, rows)
+        n_seen += len(rows)
+    n_distinct = int(np.bitwise_count(seen).sum())
+    if not n_seen == n_distinct == listing.n_rows:
+        raise ResultMismatchError(
+            f"{redact(folder.path)}: of {listing.n_rows} input rows {n_distinct} were accounted for, {n_seen - n_distinct} "
+            "of them twice; do not use this result, and please report it"
+        )
+    counts = row_counts(outcome, listing.n_rows)
+    if counts["kept"] + counts["duplicates"] + counts["rejected"] != listing.n_rows:
+        raise ResultMismatchError(
+            f"{redact(folder.path)}: {counts['kept']} kept, {counts['duplicates']} duplicates and {counts['rejected']} "
+            f"rejected rows are not the {listing.n_rows} rows of the input; do not use this result, and please report it"
+        )
+    written = collect(outcome, KeptTask)
+    if written and sum(task.n_kept for task in written) != counts["kept"]:
+        raise ResultMismatchError(f"{redact(folder.path)}: kept/ does not hold the {counts['kept']} rows that stay")

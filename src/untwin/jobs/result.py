@@ -1,0 +1,185 @@
+"""What a run gives back: numbers, and the tables behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from untwin.core import is_duplicate
+from untwin.errors import ParameterError
+from untwin.jobs.output import OutputFolder
+from untwin.storage.files import Storage, join
+from untwin.storage.inputs import naming_file
+from untwin.storage.partitions import result_path
+
+
+@dataclass(frozen=True)
+class EpsRow:
+    """One line of the eps table.
+
+    Attributes:
+        eps: Threshold.
+        duplicates: Rows that would be removed.
+        share: `duplicates` as a share of the rows that were compared.
+        exact: False where `duplicates` is an upper bound (`compare_to="kept"`, for an eps that was not run).
+        examples: Pairs of this step: id, id of the row it resembles most, similarity.
+    """
+
+    eps: float
+    duplicates: int
+    share: float
+    exact: bool
+    examples: tuple[tuple[str, str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class StageTiming:
+    """Seconds and rows a second of a stage."""
+
+    name: str
+    units: int
+    rows: int
+    seconds: float
+    rows_per_second: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run. Counts are of rows; paths are those of the output folder.
+
+    Attributes:
+        output_path: The output folder.
+        eps: Threshold in force; None if the run stopped before the removal.
+        n_rows: Rows in the input.
+        n_kept: Rows that stay.
+        n_duplicates: Rows that were found to be duplicates.
+        n_rejected: Rows that could not be judged.
+        seconds: Wall time of the run.
+        peak_memory: Largest resident size of the process, in bytes.
+        timings: A line for each stage.
+        eps_rows: The eps table.
+        run: Everything in `run.json`.
+    """
+
+    output_path: str
+    eps: float | None
+    n_rows: int
+    n_kept: int
+    n_duplicates: int
+    n_rejected: int
+    seconds: float
+    peak_memory: int
+    timings: tuple[StageTiming, ...]
+    eps_rows: tuple[EpsRow, ...]
+    run: Mapping[str, Any] = field(repr=False)
+    _storage: Storage = field(default_factory=Storage, repr=False)
+
+    @classmethod
+    def from_run(cls, folder: OutputFolder, run: Mapping[str, Any]) -> RunResult:
+        """Make a result of a `run.json`."""
+        rows = run["rows"]
+        return cls(
+            output_path=folder.path,
+            eps=run["parameters"]["eps"],
+            n_rows=rows["input"],
+            n_kept=rows["kept"],
+            n_duplicates=rows["duplicates"],
+            n_rejected=rows["rejected"],
+            seconds=run["seconds"],
+            peak_memory=run["peak_memory_bytes"],
+            timings=tuple(StageTiming(**stage) for stage in run["stages"]),
+            eps_rows=tuple(
+                EpsRow(
+                    row["eps"],
+                    row["duplicates"],
+                    row["share"],
+                    row["exact"],
+                    tuple((pair["id"], pair["max_id"], pair["cosine_sim_score"]) for pair in row["examples"]),
+                )
+                for row in run["eps_table"]
+            ),
+            run=run,
+            _storage=folder.storage,
+        )
+
+    @property
+    def duplicate_share(self) -> float:
+        """Duplicates as a share of the input's rows."""
+        return self.n_duplicates / self.n_rows if self.n_rows else 0.0
+
+    @property
+    def duplicates_path(self) -> str:
+        """Folder of the duplicates."""
+        return join(self.output_path, "duplicates")
+
+    @property
+    def kept_path(self) -> str:
+        """Folder of the rows that stay."""
+        return join(self.output_path, "kept")
+
+    def _need_eps(self) -> None:
+        if self.eps is None:
+            raise ParameterError(
+                f"{self.output_path}: the run had no eps, so nothing was decided; choose one and call untwin.apply"
+            )
+
+    def duplicates(self) -> pa.Table:
+        """All duplicates: `id`, `kept_id`, `cosine_sim_score`, `centroid`, sorted by id."""
+        self._need_eps()
+        return pa.concat_tables(list(self._tables(self.duplicates_path)))
+
+    def duplicates_of(self, kept_id: object) -> pa.Table:
+        """The duplicates that were removed because of one kept row, the most similar first."""
+        self._need_eps()
+        condition = pc.field("kept_id") == pc.scalar(kept_id)
+        table = pa.concat_tables(list(self._tables(self.duplicates_path, condition)))
+        return table.sort_by([("cosine_sim_score", "descending"), ("id", "ascending")])
+
+    def kept_ids(self) -> pa.Table:
+        """The ids of all rows that stay, as a table with the one column `id`, by cluster and rank."""
+        self._need_eps()
+        folder = join(self.output_path, "pairwise")
+        parameters = self.run["parameters"]
+        parts = []
+        for centroid in range(self.run["clusters"]["n_clusters"]):
+            path = result_path(folder, centroid)
+            if not self._storage.exists(path):
+                continue
+            table = self._read(path, None)
+            if parameters["compare_to"] == "kept":
+                stays = pc.is_null(table["kept_id"])
+            else:
+                removed = is_duplicate(table["cosine_sim_score"].to_numpy(), float(parameters["eps"]))
+                stays = pa.array(~removed)
+            parts.append(table.filter(stays).select(["id"]))
+        if not parts:
+            raise ParameterError(
+                f"{folder}: the similarities are not there any more (drop_intermediate); read the ids from kept/"
+            )
+        return pa.concat_tables(parts)
+
+    def eps_table(self) -> pa.Table:
+        """The eps table: `eps`, `duplicates`, `share`, `exact`."""
+        rows = self.eps_rows
+        return pa.table(
+            {
+                "eps": pa.array([row.eps for row in rows], pa.float64()),
+                "duplicates": pa.array([row.duplicates for row in rows], pa.int64()),
+                "share": pa.array([row.share for row in rows], pa.float64()),
+                "exact": pa.array([row.exact for row in rows], pa.bool_()),
+            }
+        )
+
+    def _tables(self, folder: str, condition: pc.Expression | None = None) -> Iterator[pa.Table]:
+        for name in self._storage.names(folder):
+            if name.endswith(".parquet"):
+                yield self._read(join(folder, name), condition)
+
+    def _read(self, path: str, condition: pc.Expression | None) -> pa.Table:
+        with naming_file(path), self._storage.open(path) as source:
+            return pq.read_table(source, filters=condition, partitioning=None)

@@ -1,0 +1,54 @@
+"""A list of stages and the backend that runs them."""
+
+from __future__ import annotations
+
+from untwin.backends.base import Executor, Outcome, Progress
+from untwin.errors import ParameterError
+from untwin.stages.base import CompositeStage, Stage
+
+
+class Pipeline:
+    """Stages in the order in which they run.
+
+    Args:
+        name: A name for logs and messages.
+        description: What the pipeline is for.
+        stages: First stages; more come with `add_stage`.
+    """
+
+    def __init__(
+        self, name: str = "untwin", description: str | None = None, stages: list[Stage | CompositeStage] | None = None
+    ) -> None:
+        self.name = name
+        self.description = description
+        self.stages: list[Stage | CompositeStage] = []
+        for stage in stages or []:
+            self.add_stage(stage)
+
+    def add_stage(self, stage: Stage | CompositeStage) -> Pipeline:
+        """Append a stage; returns the pipeline, so that calls can be chained."""
+        if not isinstance(stage, Stage | CompositeStage):
+            raise ParameterError(f"{stage!r} is not a stage")
+        self.stages.append(stage)
+        return self
+
+    def run(self, executor: Executor | None = None, progress: Progress | None = None) -> Outcome:
+        """Run all stages.
+
+        Args:
+            executor: The backend; default: `LocalExecutor()`.
+            progress: Gets told how far the work is.
+
+        Raises:
+            UntwinError: A user's mistake or damaged input, with a message that says what to do.
+        """
+        if not self.stages:
+            raise ParameterError(f"pipeline {self.name!r} has no stages; add some with add_stage")
+        if executor is None:
+            from untwin.backends.local import LocalExecutor
+
+            executor = LocalExecutor()
+        flat: list[Stage] = []
+        for stage in self.stages:
+            flat.extend(stage.stages() if isinstance(stage, CompositeStage) else [stage])
+        return executor.execute(flat, progress)

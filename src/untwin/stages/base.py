@@ -1,0 +1,127 @@
+"""What all stages share: tasks, the stage contract, and what a backend gives to a unit of work."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from untwin.storage.files import Storage
+
+
+@dataclass(frozen=True)
+class Task:
+    """A unit of work, or what came of it: small, and free of data.
+
+    Attributes:
+        unit: Number of the unit in its stage.
+        n_rows: Rows that the unit deals with.
+    """
+
+    unit: int
+    n_rows: int
+
+
+T = TypeVar("T", bound=Task)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What the stages before have made: the tasks of each, in order."""
+
+    stages: tuple[tuple[Task, ...], ...] = ()
+
+    @property
+    def last(self) -> tuple[Task, ...]:
+        """The tasks of the stage just before."""
+        return self.stages[-1] if self.stages else ()
+
+    def of(self, kind: type[T]) -> list[T]:
+        """All tasks of a kind, whichever stage made them."""
+        return [task for stage in self.stages for task in stage if isinstance(task, kind)]
+
+
+class ParallelMap(Protocol):
+    """`map` over the threads that a unit may use; results come in order."""
+
+    def __call__(self, function: Callable[[Any], Any], items: Iterable[Any], /) -> Iterator[Any]:
+        """Apply `function` to each item."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a backend gives to a unit while it runs.
+
+    Attributes:
+        memory: Bytes that the unit may use.
+        threads: Threads that the unit may use.
+        map: `map` over these threads.
+    """
+
+    memory: int
+    threads: int
+    map: ParallelMap
+
+
+class Stage(ABC):
+    """One step: turns a task into a task. Stages without a barrier between them run unit by unit in a chain.
+
+    A stage object is data (parameters and paths): backends may send it to other processes.
+    """
+
+    name: ClassVar[str]
+    barrier: ClassVar[bool] = False
+    """The stage must see all tasks of the stage before it: its `units` are made once these are done."""
+    splittable: ClassVar[bool] = False
+    """A unit can keep several threads busy by itself."""
+
+    def units(self, upstream: Upstream) -> Sequence[Task]:
+        """Make this stage's units from what the stages before have made. Runs once, before the first unit."""
+        return upstream.last
+
+    @abstractmethod
+    def process(self, task: Any, context: Context) -> Task:
+        """Do one unit of work. Doing it again gives the same files."""
+
+    def finish(self) -> None:
+        """Clean up once all units are done."""
+        return
+
+    def memory(self, task: Any) -> int:
+        """Bytes that the unit needs to work at full speed."""
+        return 64 << 20
+
+    def minimum_memory(self, task: Any) -> int:
+        """Bytes without which the unit cannot work; a unit that can spill needs less than `memory`."""
+        return self.memory(task)
+
+    def cost(self, task: Task) -> float:
+        """Work in the unit, in any unit of measure that is the same for all units of the stage."""
+        return float(task.n_rows)
+
+
+class CompositeStage(ABC):
+    """A step that users see as one and that is several stages."""
+
+    @abstractmethod
+    def stages(self) -> list[Stage]:
+        """The stages, in order. Called when the pipeline runs, not before."""
+
+
+def storage_of(kwargs: dict[str, Any] | None) -> Storage:
+    """The storage that `read_kwargs` or `write_kwargs` describe (`storage_options`; nothing else is known).
+
+    Raises:
+        ParameterError: An unknown key.
+    """
+    from untwin.errors import ParameterError
+
+    known = dict(kwargs or {})
+    options = known.pop("storage_options", None) or {}
+    if known:
+        raise ParameterError(
+            f"read_kwargs/write_kwargs: {', '.join(map(repr, known))} is not supported; known is 'storage_options'"
+        )
+    return Storage(options)

@@ -1,0 +1,176 @@
+"""What the inner stages of k-means share: the plan, the input and the places that they write to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from untwin.core import normalize
+from untwin.plan import Plan
+from untwin.stages.tasks import InputTask
+from untwin.storage.columns import RawVectors, Reason
+from untwin.storage.files import Storage, join, redact
+from untwin.storage.listing import Fields, Groups, Listing
+from untwin.storage.partitions import ROW
+from untwin.storage.rows import batch_rows
+
+SAMPLE_SEED, IDS_SEED_1, IDS_SEED_2, VECTORS_SEED, EXAMPLES_SEED = 1, 2, 3, 4, 5
+"""Added to the user's seed, or used as they are, so that no two purposes share a hash."""
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """One k-means job.
+
+    Attributes:
+        plan: Sizes and units.
+        listing: The input.
+        groups: Its pieces.
+        fields: Its columns.
+        source: Storage of the input.
+        target: Storage of the output.
+        output_path: The `kmeans/` folder.
+        work_path: Folder for what is removed at the end.
+        rejected_path: Folder for rejected rows.
+        dim: Wanted dimension; None takes the commonest of the sample.
+        seed: Seed of the row sample and of the random choices of the fit.
+        on_repeated_id: `error` or `first`: what to do where an id stands for different vectors.
+        max_batch_rows: Most rows of a batch.
+    """
+
+    plan: Plan
+    listing: Listing
+    groups: Groups
+    fields: Fields
+    source: Storage
+    target: Storage
+    output_path: str
+    work_path: str
+    rejected_path: str
+    dim: int | None
+    seed: int
+    on_repeated_id: str
+    max_batch_rows: int
+
+    def batch_rows(self, dim: int) -> int:
+        """Rows that are read and assigned at a time."""
+        return min(batch_rows(dim), self.max_batch_rows)
+
+    def input_units(self) -> list[InputTask]:
+        """The units of input that the plan made."""
+        bounds = self.plan.input_units
+        return [
+            InputTask(unit, int(self.groups.starts[end] - self.groups.starts[first]), first, end)
+            for unit, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        ]
+
+    def work_file(self, *names: str) -> str:
+        """A path below the work folder."""
+        return join(self.work_path, *names)
+
+    @property
+    def side_fields(self) -> list[pa.Field]:
+        """The columns that travel with a vector through the shuffle."""
+        metadata = [
+            pa.field(name, kind)
+            for name, kind in zip(self.fields.metadata_fields, self.listing.metadata_types, strict=True)
+            if name != self.fields.id_field
+        ]
+        return [
+            pa.field(self.fields.id_field, self.listing.id_type),
+            pa.field("l2_dist_to_cent", pa.float32()),
+            pa.field("cosine_dist_to_cent", pa.float32()),
+            *metadata,
+            pa.field(ROW, pa.int64()),
+        ]
+
+    def partition_schema(self, dim: int) -> pa.Schema:
+        """The columns of `centroid=K/*.parquet`."""
+        first, *others = self.side_fields
+        embedding = pa.field(self.fields.embedding_field, pa.list_(pa.float32(), dim))
+        return pa.schema([first, embedding, *others])
+
+
+@dataclass(frozen=True)
+class UnitVectors:
+    """The rows of a batch that can be judged.
+
+    Attributes:
+        vectors: (m, D) float32, unit length.
+        positions: (m,) int64, positions in the batch.
+        reasons: (n,) uint8 of `Reason`, for all rows of the batch.
+    """
+
+    vectors: NDArray[np.float32]
+    positions: NDArray[np.int64]
+    reasons: NDArray[np.uint8]
+
+
+def unit_vectors(raw: RawVectors, bad_ids: NDArray[np.bool_] | None) -> UnitVectors:
+    """Normalise a batch's vectors, and say of each row why it cannot be judged."""
+    reasons = raw.reasons.copy()
+    vectors, invalid = normalize(raw.values)
+    positions = np.arange(len(reasons), dtype=np.int64) if raw.positions is None else raw.positions
+    reasons[positions] = invalid
+    if bad_ids is not None:
+        reasons[bad_ids] = Reason.NULL_ID
+    good = reasons[positions] == Reason.OK
+    if not good.all():
+        vectors, positions = vectors[good], positions[good]
+    return UnitVectors(vectors, positions, reasons)
+
+
+class RejectedRows:
+    """Collects rows that are set aside, and writes them as `id`, `file`, `row`, `reason`."""
+
+    def __init__(self, id_type: pa.DataType) -> None:
+        self._id_type = id_type
+        self._ids: list[pa.Array] = []
+        self._rows: list[NDArray[np.int64]] = []
+        self._reasons: list[NDArray[np.uint8]] = []
+
+    def add(self, ids: pa.Array, rows: NDArray[np.int64], reasons: NDArray[np.uint8]) -> None:
+        """Add rows by their numbers in the plan's order."""
+        self._ids.append(ids)
+        self._rows.append(rows)
+        self._reasons.append(reasons)
+
+    def write(self, storage: Storage, path: str, listing: Listing) -> None:
+        """Write them if there are any."""
+        if not self._rows:
+            return
+        rows = np.concatenate(self._rows)
+        files, row_in_file = listing.locate(rows)
+        reasons = np.concatenate(self._reasons)
+        table = pa.table(
+            {
+                "id": pa.chunked_array(self._ids, self._id_type),
+                "file": pa.array([redact(file) for file in files], pa.string()),
+                "row": row_in_file,
+                "reason": pa.array([Reason(code).text for code in reasons.tolist()], pa.string()),
+            }
+        )
+        with storage.writing(path, durable=True) as sink:
+            pq.write_table(table.sort_by([("file", "ascending"), ("row", "ascending")]), sink, compression="zstd")
+
+
+def count_reasons(reasons: NDArray[np.uint8]) -> dict[str, int]:
+    """How often each reason occurs."""
+    codes, counts = np.unique(reasons[reasons != Reason.OK], return_counts=True)
+    return {Reason(code).text: count for code, count in zip(codes.tolist(), counts.tolist(), strict=True)}
+
+
+def add_counts(counts: Sequence[dict[str, int] | Any]) -> dict[str, int]:
+    """Add up dictionaries of counts."""
+    total: dict[str, int] = {}
+    for part in counts:
+        for key, count in part.items():
+            total[key] = total.get(key, 0) + count
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+

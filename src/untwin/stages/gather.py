@@ -1,0 +1,157 @@
+"""Putting the rows of each cluster together: `centroid=K/*.parquet` out of the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from untwin.stages.base import Context, Stage, Upstream
+from untwin.stages.clustering import Clustering, RejectedRows
+from untwin.stages.tasks import CentroidsTask, Cluster, ClustersTask, RepeatsTask, ShardsTask
+from untwin.storage.bitmap import byte_range, empty_bitmap, get_bits, set_bits
+from untwin.storage.columns import Reason
+from untwin.storage.files import join
+from untwin.storage.partitions import ROW, hold, partition_path, read_array, write_partition
+from untwin.storage.shards import read_batch
+
+
+class GatherStage(Stage):
+    """Reads one group of clusters out of all shards, drops repeated rows, and writes each cluster's rows."""
+
+    name = "gather"
+    barrier = True
+    splittable = True
+
+    def __init__(self, clustering: Clustering) -> None:
+        self._clustering = clustering
+        self._shards: tuple[tuple[str, int, int], ...] = ()
+        self._repeated: dict[Reason, str] = {}
+
+    def units(self, upstream: Upstream) -> Sequence[ClustersTask]:
+        """One unit for each group of clusters; a unit's number is the group's."""
+        job = self._clustering
+        (model,) = upstream.of(CentroidsTask)
+        assigned = upstream.of(ShardsTask)
+        self._shards = tuple(shard for task in assigned for shard in task.shards)
+        self._collect_repeats([task.path for task in upstream.of(RepeatsTask) if task.n_repeated])
+        rows = np.zeros(job.plan.n_clusters, np.int64)
+        for task in assigned:
+            rows[list(task.cluster_rows)] += list(task.cluster_rows.values())
+        units = []
+        for group, (low, high) in enumerate(zip(model.group_starts[:-1], model.group_starts[1:], strict=True)):
+            clusters = tuple(Cluster(k, int(rows[k]), ()) for k in range(low, high) if rows[k])
+            if clusters:
+                units.append(ClustersTask(group, sum(c.n_rows for c in clusters), model.dim, clusters))
+        return units
+
+    def _collect_repeats(self, paths: Sequence[str]) -> None:
+        """Make one bitmap of all repeated rows, and one of those that have another vector."""
+        if not paths:
+            return
+        job = self._clustering
+        for reason in (Reason.REPEATED_ROW, Reason.REPEATED_ID):
+            bitmap = empty_bitmap(job.plan.n_rows)
+            for path in paths:
+                rows, codes = np.asarray(read_array(job.target, path), np.int64)
+                set_bits(bitmap, rows[codes == reason])
+            if bitmap.any():
+                self._repeated[reason] = job.work_file("repeats", f"_{reason.name.lower()}.bits")
+                job.target.write_bytes(self._repeated[reason], bitmap.tobytes())
+
+    def finish(self) -> None:
+        """Remove the shards."""
+        self._clustering.target.remove(self._clustering.work_path)
+
+    def memory(self, task: ClustersTask) -> int:
+        """The group's rows: as read, in the order of clusters, and on their way into a file."""
+        return int(2.5 * 4 * task.dim * task.n_rows) + (32 << 20)
+
+    def minimum_memory(self, task: ClustersTask) -> int:
+        """A single cluster can be written shard by shard."""
+        if len(task.clusters) == 1:
+            return min(self.memory(task), 2 * self._clustering.plan.unit_bytes + (32 << 20))
+        return self.memory(task)
+
+    def process(self, task: ClustersTask, context: Context) -> ClustersTask:
+        """Write the clusters of a group."""
+        job = self._clustering
+        rejected = RejectedRows(job.listing.id_type)
+        if self.memory(task) <= context.memory or len(task.clusters) > 1:
+            clusters = self._write_together(task, rejected)
+        else:
+            clusters = self._write_one(task, rejected)
+        path = join(job.rejected_path, f"repeated-{task.unit:06d}.parquet")
+        rejected.write(job.target, path, job.listing)
+        return ClustersTask(task.unit, task.n_rows, task.dim, clusters)
+
+    def _write_together(self, task: ClustersTask, rejected: RejectedRows) -> tuple[Cluster, ...]:
+        job = self._clustering
+        batches = list(self._batches(task.unit, rejected))
+        labels = np.concatenate([batch.column("_centroid").to_numpy() for batch in batches])
+        table = pa.Table.from_batches(batches)
+        del batches
+        order = np.argsort(labels, kind="stable")
+        labels = labels[order]
+        clusters: list[Cluster] = []
+        held: dict[str, pa.Table] = {}
+        schema = job.partition_schema(task.dim)
+        for cluster in task.clusters:
+            low, high = np.searchsorted(labels, [cluster.centroid, cluster.centroid + 1])
+            if low == high:
+                continue
+            part = self._partition(table.take(pa.array(order[low:high])), schema)
+            path = partition_path(job.output_path, cluster.centroid)
+            write_partition(job.target, path, schema, [part])
+            held[path] = part
+            clusters.append(Cluster(cluster.centroid, int(high - low), (path,)))
+        hold(held)
+        return tuple(clusters)
+
+    def _write_one(self, task: ClustersTask, rejected: RejectedRows) -> tuple[Cluster, ...]:
+        job = self._clustering
+        (cluster,) = task.clusters
+        path = partition_path(job.output_path, cluster.centroid)
+        schema = job.partition_schema(task.dim)
+        parts = (
+            self._partition(pa.Table.from_batches([batch]), schema)
+            for batch in self._batches(task.unit, rejected)
+            if batch.num_rows
+        )
+        n_rows = write_partition(job.target, path, schema, parts)
+        return (Cluster(cluster.centroid, n_rows, (path,)),)
+
+    def _partition(self, table: pa.Table, schema: pa.Schema) -> pa.Table:
+        table = table.rename_columns(
+            [self._clustering.fields.embedding_field if name == "_vector" else name for name in table.column_names]
+        )
+        return table.select(schema.names).combine_chunks()
+
+    def _batches(self, group: int, rejected: RejectedRows) -> Iterator[pa.RecordBatch]:
+        job = self._clustering
+        for path, first_row, end_row in self._shards:
+            batch = read_batch(job.target, path, group)
+            if batch.num_rows and self._repeated:
+                batch = self._without_repeats(batch, first_row, end_row, rejected)
+            yield batch
+
+    def _without_repeats(
+        self, batch: pa.RecordBatch, first_row: int, end_row: int, rejected: RejectedRows
+    ) -> pa.RecordBatch:
+        rows = batch.column(ROW).to_numpy()
+        reasons = np.zeros(len(rows), np.uint8)
+        for reason, path in self._repeated.items():
+            reasons[self._bits(path, first_row, end_row)[rows - first_row]] = reason
+        if not reasons.any():
+            return batch
+        repeated = np.flatnonzero(reasons)
+        ids = batch.column(self._clustering.fields.id_field).take(pa.array(repeated))
+        rejected.add(ids, rows[repeated], reasons[repeated])
+        return batch.take(pa.array(np.flatnonzero(reasons == 0)))
+
+    def _bits(self, path: str, first_row: int, end_row: int) -> NDArray[np.bool_]:
+        start, length = byte_range(first_row, end_row - first_row)
+        part = np.frombuffer(self._clustering.target.read_range(path, start, length), np.uint8)
+        return get_bits(part, first_row, end_row - first_row)

@@ -1,0 +1,185 @@
+"""`KMeansStage`: from embeddings to `centroid=K/*.parquet`, as one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from untwin.errors import OutputExistsError, ParameterError
+from untwin.plan import Plan, make_plan
+from untwin.stages.assign import AssignStage
+from untwin.stages.base import CompositeStage, Stage, storage_of
+from untwin.stages.clustering import Clustering
+from untwin.stages.fit import FitStage
+from untwin.stages.gather import GatherStage
+from untwin.stages.repeats import RepeatsStage
+from untwin.stages.sample import SampleStage
+from untwin.storage.files import join, normalize_path, redact
+from untwin.storage.listing import Fields, Listing, list_inputs
+
+
+class KMeansStage(CompositeStage):
+    """Clusters the rows of the input by Euclidean k-means on their unit vectors.
+
+    Names and defaults are those of NeMo Curator's stage of the same name; `on_repeated_id` is ours.
+
+    Args:
+        n_clusters: Number of clusters; None chooses it from the number of rows (see `auto_n_clusters`).
+        id_field: Column of ids.
+        embedding_field: Column of embeddings.
+        input_path: A file, folder, glob or URL, or a list of them.
+        output_path: Folder for `centroid=K/*.parquet` and `_centroids.npy`; must not hold other results.
+        metadata_fields: More columns to carry along, for ranking.
+        verbose: Log each stage.
+        embedding_dim: Wanted length of the embeddings; None takes the commonest.
+        input_filetype: `parquet`, `jsonl` or `npy`.
+        input_file_extensions: File name endings to read instead of the type's own.
+        read_kwargs: `storage_options` for the input.
+        write_kwargs: `storage_options` for the output.
+        max_iter: Most iterations of k-means.
+        tol: Stop when the squared shifts of the centroids add up to less than `tol` times the mean variance.
+        random_state: Seed of the sample and of the start.
+        init: `k-means||` (Bahmani et al. 2012), `random`, or a (n_clusters, dim) array of first centroids.
+        n_init: Runs from different starts, of which the best counts; "auto" and None mean 1.
+        oversampling_factor: Candidates a round of `k-means||`, as a multiple of `n_clusters` (2.0 if not given).
+        max_samples_per_batch: Most rows that are assigned at a time; never changes the result.
+        fit_data_fraction: Share of the rows to fit on, in (0, 1]; None means all rows.
+        cache_path: Folder for what is removed at the end; default: `_work` in the output.
+        on_repeated_id: `error` or `first`, for the same id with different vectors.
+
+    Raises:
+        ParameterError: A parameter that makes no sense.
+    """
+
+    def __init__(
+        self,
+        n_clusters: int | None,
+        id_field: str,
+        embedding_field: str,
+        input_path: str | list[str],
+        output_path: str,
+        metadata_fields: Sequence[str] | None = None,
+        verbose: bool = False,
+        embedding_dim: int | None = None,
+        input_filetype: str = "parquet",
+        input_file_extensions: Sequence[str] | None = None,
+        read_kwargs: dict[str, Any] | None = None,
+        write_kwargs: dict[str, Any] | None = None,
+        max_iter: int = 300,
+        tol: float = 1e-4,
+        random_state: int = 42,
+        init: str | NDArray[Any] = "k-means||",
+        n_init: int | str | None = 1,
+        oversampling_factor: float | None = None,
+        max_samples_per_batch: int = 1 << 15,
+        fit_data_fraction: float | None = None,
+        cache_path: str | None = None,
+        on_repeated_id: str = "error",
+    ) -> None:
+        _check(n_clusters is None or n_clusters >= 1, "n_clusters", n_clusters, "must be at least 1")
+        _check(max_iter >= 1, "max_iter", max_iter, "must be at least 1")
+        _check(tol >= 0, "tol", tol, "must not be negative")
+        _check(isinstance(init, np.ndarray) or init in ("k-means||", "random"), "init", init,
+               "must be 'k-means||', 'random' or an array of centroids")
+        _check(n_init in (None, "auto") or (isinstance(n_init, int) and n_init >= 1), "n_init", n_init,
+               "must be at least 1")
+        _check(oversampling_factor is None or oversampling_factor > 0, "oversampling_factor", oversampling_factor,
+               "must be positive")
+        _check(oversampling_factor is None or (isinstance(init, str) and init == "k-means||"), "oversampling_factor",
+               oversampling_factor, "has a meaning with init='k-means||' only")
+        _check(max_samples_per_batch >= 1, "max_samples_per_batch", max_samples_per_batch, "must be at least 1")
+        _check(fit_data_fraction is None or 0 < fit_data_fraction <= 1, "fit_data_fraction", fit_data_fraction,
+               "must be in (0, 1]")
+        _check(embedding_dim is None or embedding_dim >= 1, "embedding_dim", embedding_dim, "must be at least 1")
+        _check(on_repeated_id in ("error", "first"), "on_repeated_id", on_repeated_id, "must be 'error' or 'first'")
+        self.fields = Fields(id_field, embedding_field, tuple(dict.fromkeys(metadata_fields or ())))
+        reserved = {embedding_field, "l2_dist_to_cent", "cosine_dist_to_cent", "_row", "_centroid", "_vector", "centroid"}
+        for name in (id_field, *self.fields.metadata_fields):
+            _check(name not in reserved, "metadata_fields", name, "is the name of a column that the stage writes itself")
+        self.n_clusters = n_clusters
+        self.input_paths = [input_path] if isinstance(input_path, str | Path) else list(input_path)
+        self.output_path = normalize_path(output_path)
+        self.verbose = verbose
+        self.embedding_dim = embedding_dim
+        self.input_filetype = input_filetype
+        self.input_file_extensions = input_file_extensions
+        self.source = storage_of(read_kwargs)
+        self.target = storage_of(write_kwargs)
+        self.random_state = random_state
+        self.max_samples_per_batch = max_samples_per_batch
+        self.fit_data_fraction = fit_data_fraction
+        self.cache_path = normalize_path(cache_path) if cache_path else join(self.output_path, "_work")
+        self.on_repeated_id = on_repeated_id
+        self.fit_options = {
+            "init": init,
+            "max_iter": max_iter,
+            "tol": tol,
+            "n_init": n_init if isinstance(n_init, int) else 1,
+            "oversampling_factor": oversampling_factor or 2.0,
+        }
+        self.rejected_path = join(self.output_path, "_rejected")
+        self.clustering: Clustering | None = None
+
+    def prepare(self, listing: Listing, plan: Plan) -> Clustering:
+        """Fix the input and the plan, so that `stages` need not make them."""
+        self.clustering = Clustering(
+            plan=plan,
+            listing=listing,
+            groups=listing.groups(),
+            fields=self.fields,
+            source=self.source,
+            target=self.target,
+            output_path=self.output_path,
+            work_path=self.cache_path,
+            rejected_path=self.rejected_path,
+            dim=self.embedding_dim,
+            seed=self.random_state,
+            on_repeated_id=self.on_repeated_id,
+            max_batch_rows=self.max_samples_per_batch,
+        )
+        return self.clustering
+
+    def stages(self) -> list[Stage]:
+        """Sample, fit, assign, find repeated ids, gather."""
+        if self.clustering is None:
+            listing = list_inputs(
+                self.source,
+                [str(path) for path in self.input_paths],
+                self.fields,
+                filetype=self.input_filetype,
+                extensions=self.input_file_extensions,
+                exclude=[self.output_path],
+                dim=self.embedding_dim,
+            )
+            present = self.target.names(self.output_path)
+            if present:
+                raise OutputExistsError(
+                    f"{redact(self.output_path)}: holds {present[0]!r} already; choose another output_path, or remove "
+                    "the folder"
+                )
+            plan = make_plan(
+                listing.groups().rows,
+                dim=listing.dim,
+                n_clusters=self.n_clusters,
+                fit_data_fraction=self.fit_data_fraction,
+                sample=False,
+            )
+            self.prepare(listing, plan)
+        job = self.clustering
+        assert job is not None
+        return [
+            SampleStage(job),
+            FitStage(job, **self.fit_options),
+            AssignStage(job),
+            RepeatsStage(job),
+            GatherStage(job),
+        ]
+
+
+def _check(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ParameterError(f"{name} is {value!r}; it {rule}")

@@ -1,0 +1,373 @@
+"""`PairwiseStage`: in each cluster, the most similar better-ranked row of every row, and who stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from untwin.core import EPS_GRID, Matches, RankedArray, RowStore, match_ranked, normalize, score_counts, threshold
+from untwin.errors import DamagedFileError, InputNotFoundError, OutputExistsError, ParameterError
+from untwin.plan import split_evenly
+from untwin.stages.base import Context, Stage, Upstream, storage_of
+from untwin.stages.clustering import EXAMPLES_SEED
+from untwin.stages.ranking import RankingStrategy
+from untwin.stages.tasks import Cluster, ClustersTask, ExamplePair, PairsTask
+from untwin.storage.columns import (
+    common_id_type,
+    decode_ids,
+    decode_vectors,
+    hash_ids,
+    id_type,
+    list_lengths,
+    matrix_of,
+)
+from untwin.storage.files import Storage, is_remote, join, normalize_path, redact
+from untwin.storage.partitions import (
+    ROW,
+    find_partitions,
+    iterate_partition,
+    partition_facts,
+    read_partition,
+    result_path,
+    write_array,
+)
+from untwin.storage.rows import batch_rows
+from untwin.storage.spool import RankedFile, VectorFile, scratch_folder
+
+METADATA_KEY = b"untwin"
+_UNIT_BYTES = 32 << 20
+_EXAMPLES = 3
+_SPOOLED_BATCH = 4096
+
+
+class PairwiseStage(Stage):
+    """Compares the rows of each cluster with each other.
+
+    Reads `centroid=K/*.parquet` as `KMeansStage` writes them, ours or NeMo Curator's, and writes
+    `cluster_K.parquet`: `id`, `max_id`, `cosine_sim_score`, and with `eps` also `kept_id`, `kept_sim_score`;
+    rows in rank order.
+
+    Args:
+        id_field: Column of ids.
+        embedding_field: Column of embeddings.
+        input_path: Folder that holds `centroid=K` folders, or a list of such.
+        output_path: Folder for the results; must not hold other results.
+        ranking_strategy: Ranks the rows of a cluster; overrules `which_to_keep` and `sim_metric`.
+        embedding_dim: Wanted length of the embeddings; None takes what is there.
+        pairwise_batch_size: Rows compared at a time; never changes the result.
+        verbose: Log each stage.
+        read_kwargs: `storage_options` for the input.
+        write_kwargs: `storage_options` for the output.
+        which_to_keep: `hard`, `easy` or `random`.
+        sim_metric: `cosine` or `l2`: the distance to the centroid that `hard` and `easy` rank by.
+        random_seed: Seed for `random`.
+        compare_to: `ranked`: against every better-ranked row; `kept`: against those that stay.
+        eps: A row is a duplicate when its similarity is at least 1 - eps; None only computes similarities.
+
+    Raises:
+        ParameterError: A parameter that makes no sense.
+    """
+
+    name = "pairwise"
+    splittable = True
+
+    def __init__(
+        self,
+        id_field: str,
+        embedding_field: str,
+        input_path: str | list[str],
+        output_path: str,
+        ranking_strategy: RankingStrategy | None = None,
+        embedding_dim: int | None = None,
+        pairwise_batch_size: int = 1024,
+        verbose: bool = False,
+        read_kwargs: dict[str, Any] | None = None,
+        write_kwargs: dict[str, Any] | None = None,
+        which_to_keep: str = "hard",
+        sim_metric: str = "cosine",
+        random_seed: int = 42,
+        compare_to: str = "ranked",
+        eps: float | None = None,
+    ) -> None:
+        if pairwise_batch_size < 1:
+            raise ParameterError(f"pairwise_batch_size is {pairwise_batch_size}; it must be at least 1")
+        if compare_to not in ("kept", "ranked"):
+            raise ParameterError(f"compare_to is {compare_to!r}; it must be 'kept' or 'ranked'")
+        if eps is not None:
+            threshold(eps)
+        if embedding_dim is not None and embedding_dim < 1:
+            raise ParameterError(f"embedding_dim is {embedding_dim}; it must be at least 1")
+        by_distance = RankingStrategy.by_distance(which_to_keep, sim_metric, random_seed)
+        self.ranking = ranking_strategy or by_distance
+        self.id_field = id_field
+        self.embedding_field = embedding_field
+        self.input_paths = [input_path] if isinstance(input_path, str) else [str(path) for path in input_path]
+        self.input_paths = [normalize_path(path) for path in self.input_paths]
+        self.output_path = normalize_path(output_path)
+        self.embedding_dim = embedding_dim
+        self.pairwise_batch_size = pairwise_batch_size
+        self.verbose = verbose
+        self.source = storage_of(read_kwargs)
+        self.target = storage_of(write_kwargs)
+        self.compare_to = compare_to
+        self.eps = eps
+        self._work_path = join(self.output_path, "_work")
+
+    def units(self, upstream: Upstream) -> Sequence[ClustersTask]:
+        """The clusters that the stage before made, or those found in the input folder."""
+        if upstream.stages:
+            return [task for task in upstream.last if isinstance(task, ClustersTask)]
+        if self.target.names(self.output_path):
+            raise OutputExistsError(
+                f"{redact(self.output_path)}: holds {self.target.names(self.output_path)[0]!r} already; choose another "
+                "output_path, or remove the folder"
+            )
+        return self._found_units()
+
+    def _found_units(self) -> list[ClustersTask]:
+        found = find_partitions(self.source, self.input_paths)
+        paths = [file.path for files in found.values() for file in files]
+        with ThreadPoolExecutor(16) as pool:
+            facts = dict(
+                zip(
+                    paths,
+                    pool.map(lambda path: partition_facts(self.source, path, self.embedding_field), paths),
+                    strict=True,
+                )
+            )
+        dims = {dim for _, dim, _ in facts.values() if dim is not None}
+        dim = self.embedding_dim or (dims.pop() if len(dims) == 1 else self._first_dim(paths, facts))
+        clusters = [
+            Cluster(
+                centroid,
+                sum(facts[file.path][0] for file in files),
+                tuple(file.path for file in files if facts[file.path][0]),
+            )
+            for centroid, files in found.items()
+        ]
+        clusters = [cluster for cluster in clusters if cluster.n_rows]
+        has_rows = all(ROW in columns for _, _, columns in facts.values())
+        bounds = split_evenly([cluster.n_rows * dim * 4 for cluster in clusters], _UNIT_BYTES)
+        return [
+            ClustersTask(
+                unit, sum(c.n_rows for c in clusters[low:high]), dim, tuple(clusters[low:high]), has_rows=has_rows
+            )
+            for unit, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        ]
+
+    def _first_dim(self, paths: Sequence[str], facts: dict[str, tuple[int, int | None, list[str]]]) -> int:
+        for path in paths:
+            if facts[path][0]:
+                batch = next(iterate_partition(self.source, [path], [self.embedding_field], 16))
+                lengths = list_lengths(batch.column(0))
+                return int(lengths.max()) or 1
+        raise InputNotFoundError(f"{redact(', '.join(self.input_paths))}: the clusters hold no rows")
+
+    def finish(self) -> None:
+        """Remove scratch files."""
+        self.target.remove(self._work_path)
+
+    def memory(self, task: ClustersTask) -> int:
+        """A unit's rows, as they may still be held, and the largest cluster's once more."""
+        largest = max(cluster.n_rows for cluster in task.clusters)
+        return int(1.1 * 4 * task.dim * (task.n_rows + largest)) + 300 * largest + self._scratch(task)
+
+    def minimum_memory(self, task: ClustersTask) -> int:
+        """A cluster's ids and results; its vectors can stay on the disk."""
+        largest = max(cluster.n_rows for cluster in task.clusters)
+        return min(self.memory(task), 400 * largest + 8 * task.dim * _SPOOLED_BATCH + self._scratch(task))
+
+    def _scratch(self, task: ClustersTask) -> int:
+        return (32 << 20) + 24 * task.dim * min(self.pairwise_batch_size, task.n_rows)
+
+    def cost(self, task: Any) -> float:
+        """Pairs to compare."""
+        return float(sum(cluster.n_rows**2 for cluster in task.clusters))
+
+    def process(self, task: ClustersTask, context: Context) -> PairsTask:
+        """Compare the rows of each cluster of a unit."""
+        counts = np.zeros(len(EPS_GRID), np.int64)
+        examples = _Examples()
+        rows: list[NDArray[np.int64]] = []
+        sizes: list[tuple[int, int]] = []
+        for cluster in task.clusters:
+            table, order, matches = self._match(cluster, task, context)
+            ids = table[self.id_field].combine_chunks().take(pa.array(order))
+            self._write(cluster.centroid, ids, matches)
+            counts += score_counts(matches.score)
+            examples.add(ids, matches)
+            sizes.append((cluster.centroid, cluster.n_rows))
+            if task.has_rows:
+                rows.append(table[ROW].to_numpy()[order])
+        rows_path = ""
+        if task.has_rows:
+            rows_path = join(self.output_path, "_rows", f"unit-{task.unit:06d}.npy")
+            write_array(self.target, rows_path, np.concatenate(rows) if rows else np.empty(0, np.int64))
+        return PairsTask(
+            unit=task.unit,
+            n_rows=task.n_rows,
+            folder=self.output_path,
+            clusters=tuple(sizes),
+            rows_path=rows_path,
+            counts=tuple(counts.tolist()),
+            examples=examples.chosen(),
+        )
+
+    def _match(
+        self, cluster: Cluster, task: ClustersTask, context: Context
+    ) -> tuple[pa.Table, NDArray[np.int64], Matches]:
+        """Rows without vectors, in the order of the files; their rank order; and their matches."""
+        share = context.map if context.threads > 1 else None
+        in_memory = self.memory(ClustersTask(0, cluster.n_rows, task.dim, (cluster,))) <= context.memory
+        with ExitStack() as stack:
+            if in_memory:
+                table = read_partition(self.source, cluster.files)
+                vectors = self._vectors(table[self.embedding_field], task, cluster)
+                table = self._side_columns(table)
+                order = self.ranking.order(table, self.id_field)
+                matches = match_ranked(
+                    RankedArray(vectors, order),
+                    eps=self.eps,
+                    compare_to=self.compare_to,  # type: ignore[arg-type]
+                    batch_size=self.pairwise_batch_size,
+                    executor_map=share,
+                )
+                return table, order, matches
+            folder = scratch_folder(self._work_path, remote=is_remote(self.output_path))
+            spool = stack.enter_context(VectorFile(folder, task.dim))
+            table = self._side_columns(self._spooled(cluster, task, spool))
+            order = self.ranking.order(table, self.id_field)
+
+            def stores(_: int, dim: int) -> tuple[RowStore, RowStore]:
+                return stack.enter_context(VectorFile(folder, dim)), stack.enter_context(VectorFile(folder, dim))
+
+            matches = match_ranked(
+                RankedFile(spool, order),
+                eps=self.eps,
+                compare_to=self.compare_to,  # type: ignore[arg-type]
+                batch_size=max(self.pairwise_batch_size, _SPOOLED_BATCH),
+                executor_map=share,
+                store_factory=stores,
+            )
+            return table, order, matches
+
+    def _spooled(self, cluster: Cluster, task: ClustersTask, spool: VectorFile) -> pa.Table:
+        """Copy a cluster's vectors to the spool; returns its other columns."""
+        parts = []
+        n_rows = 0
+        names = self._columns(cluster)
+        for batch in iterate_partition(self.source, cluster.files, names, batch_rows(task.dim)):
+            vectors = self._vectors(batch.column(self.embedding_field), task, cluster)
+            spool.append(vectors, np.arange(n_rows, n_rows + len(vectors)))
+            n_rows += len(vectors)
+            parts.append(pa.Table.from_batches([batch]).drop_columns([self.embedding_field]))
+        # copied, so that nothing refers to the memory that the vectors were read into
+        return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
+
+    def _columns(self, cluster: Cluster) -> list[str]:
+        wanted = [self.id_field, self.embedding_field, *self.ranking.metadata_cols]
+        _, _, present = partition_facts(self.source, cluster.files[0], self.embedding_field)
+        if ROW in present:
+            wanted.append(ROW)
+        return list(dict.fromkeys(wanted))
+
+    def _side_columns(self, table: pa.Table) -> pa.Table:
+        names = [name for name in table.column_names if name != self.embedding_field]
+        table = table.select(names)
+        if self.id_field not in names:
+            raise ParameterError(
+                f"id_field is {self.id_field!r}; the clusters have no such column, but {', '.join(map(repr, names))}"
+            )
+        ids = table[self.id_field].combine_chunks()
+        kind = id_type(ids.type)
+        if kind is None or common_id_type(kind, kind) is None or ids.null_count:
+            raise ParameterError(f"column {self.id_field!r} has nulls or type {ids.type}; it cannot be used as an id")
+        index = table.column_names.index(self.id_field)
+        return table.set_column(index, self.id_field, decode_ids(ids, kind))
+
+    def _vectors(
+        self, column: pa.ChunkedArray | pa.Array, task: ClustersTask, cluster: Cluster
+    ) -> NDArray[np.float32]:
+        """Unit vectors: ours are taken as they are, others are normalised."""
+        if task.has_rows:
+            return matrix_of(column)
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        parts = []
+        for chunk in chunks:
+            raw = decode_vectors(chunk, task.dim)
+            vectors, invalid = normalize(raw.values)
+            if raw.positions is not None or invalid.any():
+                raise DamagedFileError(
+                    f"{redact(cluster.files[0])}: holds an embedding that is null, zero, not finite, or not of length "
+                    f"{task.dim}; the output of a KMeansStage has none"
+                )
+            parts.append(vectors)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _write(self, centroid: int, ids: pa.Array, matches: Matches) -> None:
+        columns = {
+            "id": ids,
+            "max_id": ids.take(pa.array(matches.match)),
+            "cosine_sim_score": pa.array(matches.score),
+        }
+        if matches.kept_match is not None and matches.kept_score is not None:
+            none = matches.kept_match < 0
+            columns["kept_id"] = ids.take(pa.array(np.maximum(matches.kept_match, 0), mask=none))
+            columns["kept_sim_score"] = pa.array(matches.kept_score, mask=none)
+        table = pa.table(columns)
+        facts = {"eps": self.eps, "compare_to": self.compare_to}
+        table = table.replace_schema_metadata({METADATA_KEY: json.dumps(facts).encode()})
+        with self.target.writing(result_path(self.output_path, centroid)) as sink:
+            pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+
+
+class _Examples:
+    """For each step of the eps grid, the pairs of that step whose ids have the smallest hashes."""
+
+    def __init__(self) -> None:
+        self._pairs: list[list[tuple[int, ExamplePair]]] = [[] for _ in EPS_GRID]
+
+    def add(self, ids: pa.Array, matches: Matches) -> None:
+        limits = np.array([threshold(eps) for eps in EPS_GRID], np.float32)
+        step = np.searchsorted(-limits, -matches.score, side="left")
+        inside = np.flatnonzero(step < len(EPS_GRID))
+        if not len(inside):
+            return
+        hashes = hash_ids(ids.take(pa.array(inside)), EXAMPLES_SEED)
+        order = np.lexsort((hashes, step[inside]))
+        steps = step[inside][order]
+        place = np.arange(len(order)) - np.searchsorted(steps, steps, side="left")
+        for index in order[place < _EXAMPLES].tolist():
+            row = int(inside[index])
+            pair = ExamplePair(
+                str(ids[row].as_py()), str(ids[int(matches.match[row])].as_py()), float(matches.score[row])
+            )
+            self._pairs[int(step[row])].append((int(hashes[index]), pair))
+
+    def chosen(self) -> tuple[tuple[tuple[int, ExamplePair], ...], ...]:
+        return tuple(tuple(sorted(pairs, key=lambda item: item[0])[:_EXAMPLES]) for pairs in self._pairs)
+
+
+def merge_examples(tasks: Sequence[PairsTask]) -> list[list[ExamplePair]]:
+    """The examples of all units: for each step of the eps grid, those with the smallest hashes."""
+    merged: list[list[ExamplePair]] = []
+    for step in range(len(EPS_GRID)):
+        found = sorted((item for task in tasks for item in task.examples[step]), key=lambda item: item[0])
+        merged.append([pair for _, pair in found[:_EXAMPLES]])
+    return merged
+
+
+def result_facts(storage: Storage, path: str) -> dict[str, Any]:
+    """The eps and compare_to that a `cluster_K.parquet` was made with; empty for a foreign file."""
+    with storage.open(path) as source, pq.ParquetFile(source) as parquet:
+        metadata = parquet.schema_arrow.metadata or {}
+        facts: dict[str, Any] = json.loads(metadata.get(METADATA_KEY, b"{}"))
+        return facts

@@ -1,0 +1,252 @@
+"""`RemoveDuplicatesStage`: the data set without its duplicates; every value of a row that stays is as it was."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from untwin.errors import OutputExistsError, ParameterError, ResultMismatchError
+from untwin.plan import split_evenly
+from untwin.stages.base import Context, Stage, Upstream, storage_of
+from untwin.stages.clustering import IDS_SEED_1, IDS_SEED_2
+from untwin.stages.tasks import CentroidsTask, DuplicatesTask, InputTask, KeptTask
+from untwin.storage.bitmap import byte_range, counts_before, get_bits
+from untwin.storage.columns import decode_ids, hash_ids
+from untwin.storage.files import join, normalize_path, redact
+from untwin.storage.inputs import Span, naming_file
+from untwin.storage.kept import KEPT_WRITERS, KeptWriter
+from untwin.storage.listing import Fields, Groups, Listing, list_inputs
+from untwin.storage.partitions import read_array, write_array
+from untwin.storage.rows import RowBatch, batch_rows, read_rows
+
+_FILE_BYTES = 256 << 20
+_MIRROR_BYTES = 64 << 20
+_HASHES_PER_PART = 1 << 22
+_UNKNOWN_DIM = 1024
+
+
+class RemoveDuplicatesStage(Stage):
+    """Copies the rows that stay: all columns, types and values, in the order of the input.
+
+    After a `KMeansStage` on the same input rows are taken by their number. Otherwise, or with `duplicates_path`, every
+    row stays whose id is not in the list of duplicates.
+
+    Args:
+        input_path: A file, folder, glob or URL, or a list of them.
+        output_path: Folder for the rows that stay; must not hold other files.
+        id_field: Column of ids.
+        duplicates_path: Parquet file or folder with a column `id`; default: what IdentifyDuplicatesStage just wrote.
+        layout: `compact`: files of about 256 MB; `mirror`: a file for each input file, under its relative path.
+        input_filetype: `parquet`, `jsonl` or `npy`.
+        input_file_extensions: File name endings to read instead of the type's own.
+        verbose: Log the stage.
+        read_kwargs: `storage_options` for the input.
+        write_kwargs: `storage_options` for the output.
+
+    Raises:
+        ParameterError: A parameter that makes no sense.
+    """
+
+    name = "remove"
+    barrier = True
+
+    def __init__(
+        self,
+        input_path: str | list[str],
+        output_path: str,
+        id_field: str = "id",
+        duplicates_path: str | None = None,
+        layout: str = "compact",
+        input_filetype: str = "parquet",
+        input_file_extensions: Sequence[str] | None = None,
+        verbose: bool = False,
+        read_kwargs: dict[str, Any] | None = None,
+        write_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if layout not in ("compact", "mirror"):
+            raise ParameterError(f"layout is {layout!r}; it must be 'compact' or 'mirror'")
+        self.input_paths = [input_path] if isinstance(input_path, str) else [str(path) for path in input_path]
+        self.output_path = normalize_path(output_path)
+        self.id_field = id_field
+        self.duplicates_path = normalize_path(duplicates_path) if duplicates_path else None
+        self.layout = layout
+        self.input_filetype = input_filetype
+        self.input_file_extensions = input_file_extensions
+        self.verbose = verbose
+        self.source = storage_of(read_kwargs)
+        self.target = storage_of(write_kwargs)
+        self.listing: Listing | None = None
+        self._groups: Groups | None = None
+        self._bitmap = ""
+        self._hash_files: list[str] = []
+        self._work_path = join(self.output_path, "_work")
+
+    def units(self, upstream: Upstream) -> Sequence[InputTask]:
+        """Runs of input pieces, each of which fills an output file."""
+        listing = self.listing or list_inputs(
+            self.source,
+            self.input_paths,
+            Fields(self.id_field, ""),
+            filetype=self.input_filetype,
+            extensions=self.input_file_extensions,
+            exclude=[self.output_path],
+        )
+        present = self.target.names(self.output_path)
+        if present:
+            raise OutputExistsError(
+                f"{redact(self.output_path)}: holds {present[0]!r} already; choose another output_path, or remove the folder"
+            )
+        groups = listing.groups()
+        self.listing, self._groups = listing, groups
+        kept = self._find_kept(upstream, listing, groups)
+        weights = (groups.n_bytes * kept / np.maximum(groups.rows, 1)).astype(np.int64)
+        if self.layout == "compact":
+            bounds = split_evenly(weights, _FILE_BYTES)
+        else:
+            n_files = listing.files.num_rows
+            per_file = np.bincount(groups.file, weights=groups.n_bytes, minlength=n_files).astype(np.int64)
+            first_group = np.searchsorted(groups.file, np.arange(n_files + 1))
+            bounds = tuple(first_group[list(split_evenly(per_file, _MIRROR_BYTES))].tolist())
+        return [
+            InputTask(unit, int(groups.starts[end] - groups.starts[first]), first, end)
+            for unit, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        ]
+
+    def _find_kept(self, upstream: Upstream, listing: Listing, groups: Groups) -> NDArray[np.int64]:
+        """Find out how the rows that stay are known, and how many there are in each piece (at most)."""
+        found = upstream.of(DuplicatesTask)
+        models = upstream.of(CentroidsTask)
+        same_input = bool(models) and models[0].listing_digest == listing.digest()
+        if self.duplicates_path is None and not found:
+            raise ParameterError(
+                "RemoveDuplicatesStage has no duplicates to remove; add an IdentifyDuplicatesStage before it, or give "
+                "duplicates_path"
+            )
+        if self.duplicates_path is None and found[0].kept_bitmap and (same_input or not models):
+            self._bitmap = found[0].kept_bitmap
+            bitmap = np.frombuffer(self.target.read_bytes(self._bitmap), np.uint8)
+            return np.diff(counts_before(bitmap, groups.starts))
+        self._hash_duplicates(self.duplicates_path or found[0].folder)
+        return groups.rows
+
+    def _hash_duplicates(self, path: str) -> None:
+        """Write 128-bit hashes of all duplicates' ids as sorted parts that fit the memory."""
+        storage = self.target
+        if storage.is_folder(path):
+            files = sorted(file.path for file in storage.find(path) if file.path.endswith(".parquet"))
+        else:
+            files = [path]
+        held: list[NDArray[np.uint64]] = []
+        n_held = 0
+
+        def flush() -> None:
+            hashes = np.concatenate(held, axis=1)
+            part = join(self._work_path, f"ids-{len(self._hash_files):05d}.npy")
+            write_array(self.target, part, hashes[:, np.lexsort((hashes[1], hashes[0]))])
+            self._hash_files.append(part)
+
+        for file in files:
+            with naming_file(file), storage.open(file) as source, pq.ParquetFile(source) as parquet:
+                if "id" not in parquet.schema_arrow.names:
+                    raise ParameterError(f"{redact(file)}: no column 'id'; it is not a list of duplicates")
+                for batch in parquet.iter_batches(65_536, columns=["id"], use_threads=False):
+                    held.append(_both_hashes(decode_ids(batch.column(0), _plain(batch.column(0).type))))
+                    n_held += batch.num_rows
+                    if n_held >= _HASHES_PER_PART:
+                        flush()
+                        held, n_held = [], 0
+        if held:
+            flush()
+
+    def finish(self) -> None:
+        """Remove scratch files."""
+        self.target.remove(self._work_path)
+
+    def memory(self, task: InputTask) -> int:
+        """Batches in flight, and a row group that is being written."""
+        by_id = 0 if self._bitmap else 40 * task.n_rows + 16 * _HASHES_PER_PART
+        return (96 << 20) + by_id
+
+    def process(self, task: InputTask, context: Context) -> KeptTask:
+        """Copy the rows of a unit that stay."""
+        listing, groups = self.listing, self._groups
+        assert listing is not None
+        assert groups is not None
+        first_row = int(groups.starts[task.first_group])
+        keep = self._kept_rows(listing, groups, task, first_row)
+        files: list[str] = []
+        n_kept = 0
+        spans = list(listing.spans(task.first_group, task.end_group, groups))
+        if self.layout == "compact":
+            outputs = [(join(self.output_path, f"part-{task.unit:05d}"), spans)] if keep.any() else []
+        else:
+            outputs = [(self._mirrored(listing, span), [span]) for span in spans]
+        size = batch_rows(listing.dim or _UNKNOWN_DIM)
+        for path, some in outputs:
+            with KEPT_WRITERS[listing.filetype](self.target, path, self.source, some[0].path) as writer:
+                for rows in read_rows(self.source, listing.format, some, None, size):
+                    _write_kept(writer, rows, keep, first_row)
+                writer.finish()
+            files += writer.files
+            n_kept += writer.n_rows
+        if n_kept != int(keep.sum()):
+            raise ResultMismatchError(
+                f"{redact(self.output_path)}: {n_kept} rows written where {int(keep.sum())} stay; "
+                "the input changed during the run"
+            )
+        return KeptTask(task.unit, task.n_rows, tuple(files), n_kept)
+
+    def _mirrored(self, listing: Listing, span: Span) -> str:
+        index = int(np.searchsorted(listing.files["first_row"].to_numpy(), span.first_row, side="right")) - 1
+        relative = listing.files["relative"][index].as_py()
+        return join(self.output_path, posixpath.splitext(relative)[0])
+
+    def _kept_rows(self, listing: Listing, groups: Groups, task: InputTask, first_row: int) -> NDArray[np.bool_]:
+        if self._bitmap:
+            start, length = byte_range(first_row, task.n_rows)
+            part = np.frombuffer(self.target.read_range(self._bitmap, start, length), np.uint8)
+            return get_bits(part, first_row, task.n_rows)
+        keep = np.ones(task.n_rows, np.bool_)
+        hashes = [np.empty((2, 0), np.uint64)]
+        spans = listing.spans(task.first_group, task.end_group, groups)
+        for rows in read_rows(self.source, listing.format, spans, [self.id_field], 65_536):
+            hashes.append(_both_hashes(decode_ids(rows.columns.column(0), listing.id_type)))
+        found = np.concatenate(hashes, axis=1)
+        for path in self._hash_files:
+            keep &= ~_contains(np.asarray(read_array(self.target, path), np.uint64), found)
+        return keep
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _both_hashes(ids: pa.Array) -> NDArray[np.uint64]:
+    return np.stack((hash_ids(ids, IDS_SEED_1), hash_ids(ids, IDS_SEED_2)))
+
+
+def _contains(sorted_hashes: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether each column of (2, m) hashes is among the sorted columns of (2, n) hashes."""
+    low = np.searchsorted(sorted_hashes[0], wanted[0], side="left")
+    high = np.searchsorted(sorted_hashes[0], wanted[0], side="right")
+    found = np.zeros(wanted.shape[1], np.bool_)
+    # ids whose first 64 bits agree by chance stand side by side: there are hardly ever two
+    for step in range(int((high - low).max(initial=0))):
+        inside = low + step < high
+        found[inside] |= sorted_hashes[1, low[inside] + step] == wanted[1, inside]
+    return found
+
+
+def _write_kept(writer: KeptWriter, rows: RowBatch, keep: NDArray[np.bool_], first_row: int) -> None:
+    low = rows.first_row - first_row
+    mask = keep[low : low + rows.columns.num_rows]
+    if mask.all():
+        writer.write(rows.columns)
+    elif mask.any():
+        writer.write(rows.columns.filter(pa.array(mask)))

@@ -1,0 +1,161 @@
+"""What the stages hand to each other. Tasks are small: paths and counts, never rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from untwin.stages.base import Task
+
+
+@dataclass(frozen=True)
+class InputTask(Task):
+    """A range of pieces (row groups) of the input listing."""
+
+    first_group: int
+    end_group: int
+
+
+@dataclass(frozen=True)
+class SampleTask(Task):
+    """A part of the row sample on disk."""
+
+    path: str
+    n_batches: int
+    n_sampled: int
+
+
+@dataclass(frozen=True)
+class CentroidsTask(Task):
+    """Fitted centroids.
+
+    Attributes:
+        path: `_centroids.npy`, (K, D) float32.
+        group_starts: Boundaries of groups of clusters that are worked on together: g + 1 numbers.
+        n_input_rows: Rows in the input.
+        listing_digest: Digest of the listing that row numbers refer to.
+        n_sampled: Rows fitted on.
+        n_iter: Iterations.
+        inertia: Sum of squared distances of the rows fitted on.
+        mean_cosine: Their mean cosine to the centroid.
+    """
+
+    path: str
+    dim: int
+    group_starts: tuple[int, ...]
+    n_input_rows: int
+    listing_digest: str
+    n_sampled: int
+    n_iter: int
+    inertia: float
+    mean_cosine: float
+
+
+@dataclass(frozen=True)
+class ShardsTask(Task):
+    """An input unit assigned to clusters.
+
+    Attributes:
+        shards: Path, first row, end row of each shard.
+        id_files: Paths of id hashes.
+        cluster_rows: Rows of each non-empty cluster.
+        rejected: Rows of each reason.
+        sum_sq_dist: Sum of squared distances to the centroids.
+        sum_cosine: Sum of cosines to the centroids.
+    """
+
+    shards: tuple[tuple[str, int, int], ...]
+    id_files: tuple[str, ...]
+    cluster_rows: Mapping[int, int]
+    rejected: Mapping[str, int]
+    sum_sq_dist: float
+    sum_cosine: float
+
+
+@dataclass(frozen=True)
+class RepeatsTask(Task):
+    """Rows of one part of the id hashes that repeat an earlier row's id."""
+
+    path: str
+    n_repeated: int
+    rejected: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster's rows on disk."""
+
+    centroid: int
+    n_rows: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClustersTask(Task):
+    """Clusters that are worked on together."""
+
+    dim: int
+    clusters: tuple[Cluster, ...]
+    has_rows: bool = True
+
+
+@dataclass(frozen=True)
+class ExamplePair:
+    """A row, the better-ranked row most similar to it, and their similarity, as text."""
+
+    id: str
+    max_id: str
+    score: float
+
+
+@dataclass(frozen=True)
+class PairsTask(Task):
+    """Clusters compared.
+
+    Attributes:
+        clusters: Number and rows of each.
+        rows_path: Row numbers in the order of the results; empty where the input has none.
+        counts: For each eps of the grid, rows whose score is high enough.
+        examples: For each eps of the grid, pairs just below the next stricter value.
+    """
+
+    folder: str
+    clusters: tuple[tuple[int, int], ...]
+    rows_path: str
+    counts: tuple[int, ...]
+    examples: tuple[tuple[tuple[int, ExamplePair], ...], ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class SelectedTask(Task):
+    """A unit's duplicates, sorted, and the rows that stay."""
+
+    duplicates_path: str
+    groups_path: str
+    kept_rows_path: str
+    n_duplicates: int
+
+
+@dataclass(frozen=True)
+class DuplicatesTask(Task):
+    """All duplicates.
+
+    Attributes:
+        folder: `duplicates/`.
+        kept_bitmap: Bits of the rows that stay; empty where the input has no row numbers.
+        n_kept: Rows of the clusters that stay.
+    """
+
+    folder: str
+    kept_bitmap: str
+    n_kept: int
+    n_duplicates: int
+    n_groups: int
+
+
+@dataclass(frozen=True)
+class KeptTask(Task):
+    """A part of the rows that stay."""
+
+    files: tuple[str, ...]
+    n_kept: int

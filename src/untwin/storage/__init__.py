@@ -1,0 +1,1 @@
+"""Everything that touches a file, local or remote: inputs, partitions, shards, manifests."""

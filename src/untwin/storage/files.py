@@ -1,0 +1,318 @@
+"""Folders and files, local or remote: opening, listing, atomic writing. Nobody else opens a path.
+
+Local folders use the operating system directly; every other URL goes through fsspec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import json
+import os
+import posixpath
+import queue
+import re
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from untwin.errors import InputNotFoundError, MissingExtraError, ParameterError, ResourceError, UntwinError
+
+T = TypeVar("T")
+
+_WHOLE_READ_BYTES = 8 << 20
+_EXTRAS = {"s3": "s3", "s3a": "s3"}
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """One listed file: its full path or URL, size in bytes, and what changes when its content does."""
+
+    path: str
+    size: int
+    version: str
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL of something else than the local file system."""
+    protocol, separator, _ = path.partition("://")
+    return bool(separator) and protocol not in ("file", "local")
+
+
+def normalize_path(path: str | os.PathLike[str]) -> str:
+    """Return the absolute local path, or the URL without a trailing slash."""
+    text = os.fspath(path)
+    if is_remote(text):
+        return text.rstrip("/")
+    text = text.removeprefix("file://").removeprefix("local://")
+    return str(Path(text).expanduser().absolute())
+
+
+def redact(path: str) -> str:
+    """Remove user names and passwords from a URL, for messages and manifests."""
+    return re.sub(r"(?<=://)[^/@]*@", "", path)
+
+
+def join(folder: str, *names: str) -> str:
+    """Join a folder's path or URL with names below it."""
+    return posixpath.join(folder, *names) if is_remote(folder) else str(Path(folder, *names))
+
+
+@functools.lru_cache(maxsize=32)
+def _filesystem(protocol: str, options: str) -> Any:
+    import fsspec
+
+    try:
+        return fsspec.filesystem(protocol, use_listings_cache=False, **json.loads(options))
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        hint = f"pip install 'untwin[{extra}]'" if extra else f"install the package that fsspec needs: {error}"
+        raise MissingExtraError(f"{protocol}:// paths need a package that is not installed: {hint}") from error
+    except ValueError as error:
+        raise ParameterError(f"{protocol}:// is not a file system that fsspec knows: {error}") from error
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Access to paths with one set of fsspec `storage_options` (which are never shown or written)."""
+
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def _fs(self, path: str) -> Any:
+        return _filesystem(path.partition("://")[0], json.dumps(dict(self.options), sort_keys=True))
+
+    @contextlib.contextmanager
+    def _explained(self, path: str) -> Iterator[None]:
+        """Turn a remote file system's errors into ones that name the path."""
+        try:
+            yield
+        except (UntwinError, GeneratorExit):
+            raise
+        except FileNotFoundError as error:
+            raise InputNotFoundError(f"{redact(path)}: not found") from error
+        except PermissionError as error:
+            raise UntwinError(f"{redact(path)}: access denied ({error}); check the credentials") from error
+        except OSError as error:
+            if error.errno == 28:
+                raise ResourceError(f"{redact(path)}: no space left on the device; make room, then run again") from error
+            raise
+
+    def exists(self, path: str) -> bool:
+        """Whether a file or folder is there."""
+        if not is_remote(path):
+            return Path(path).exists()
+        with self._explained(path):
+            return bool(self._fs(path).exists(path))
+
+    def is_folder(self, path: str) -> bool:
+        """Whether a path is a folder (on object storage: a prefix with something below it)."""
+        if not is_remote(path):
+            return Path(path).is_dir()
+        with self._explained(path):
+            return bool(self._fs(path).isdir(path))
+
+    def names(self, folder: str) -> list[str]:
+        """Names directly in a folder, sorted; empty where there is no such folder."""
+        if not is_remote(folder):
+            try:
+                return sorted(entry.name for entry in os.scandir(folder))
+            except FileNotFoundError:
+                return []
+        with self._explained(folder):
+            try:
+                entries = self._fs(folder).ls(folder, detail=False)
+            except FileNotFoundError:
+                return []
+        own = posixpath.basename(folder)
+        names = {posixpath.basename(entry.rstrip("/")) for entry in entries}
+        return sorted(names - {""} - ({own} if len(entries) == 1 and entries[0].endswith(own) else set()))
+
+    def find(self, folder: str) -> list[FoundFile]:
+        """All files below a folder, recursively, in no particular order; links to folders are followed once."""
+        if is_remote(folder):
+            with self._explained(folder):
+                entries = self._fs(folder).find(folder, detail=True)
+            protocol = folder.partition("://")[0]
+            return [_found(f"{protocol}://{path}", info) for path, info in entries.items()]
+        found: list[FoundFile] = []
+        seen: set[tuple[int, int]] = set()
+        stack = [folder]
+        while stack:
+            current = stack.pop()
+            status = Path(current).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(current) as entries_here:
+                for entry in entries_here:
+                    if entry.is_dir():
+                        stack.append(entry.path)
+                    elif entry.is_file():
+                        info = entry.stat()
+                        found.append(FoundFile(entry.path, info.st_size, str(info.st_mtime_ns)))
+        return found
+
+    def glob(self, pattern: str) -> list[str]:
+        """Paths (files and folders) that match a glob pattern, sorted."""
+        if not is_remote(pattern):
+            return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+        with self._explained(pattern):
+            matches = self._fs(pattern).glob(pattern)
+        protocol = pattern.partition("://")[0]
+        return sorted(f"{protocol}://{match}" for match in matches)
+
+    def stat(self, path: str) -> FoundFile:
+        """Size and version of one file."""
+        if not is_remote(path):
+            info = Path(path).stat()
+            return FoundFile(path, info.st_size, str(info.st_mtime_ns))
+        with self._explained(path):
+            return _found(path, self._fs(path).info(path))
+
+    def open(self, path: str) -> pa.NativeFile:
+        """Open a file for reading at any position."""
+        if not is_remote(path):
+            return pa.OSFile(path, "rb")
+        with self._explained(path):
+            fs = self._fs(path)
+            if fs.info(path)["size"] <= _WHOLE_READ_BYTES:
+                return pa.BufferReader(fs.cat_file(path))
+            return pa.PythonFile(fs.open(path, "rb"), mode="r")
+
+    def read_bytes(self, path: str) -> bytes:
+        """Read a whole small file."""
+        with self._explained(path), self.open(path) as source:
+            return bytes(source.read())
+
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        """Read `length` bytes from position `start`."""
+        if is_remote(path):
+            with self._explained(path):
+                return bytes(self._fs(path).cat_file(path, start=start, end=start + length))
+        with pa.OSFile(path, "rb") as source:
+            return bytes(source.read_at(length, start))
+
+    @contextlib.contextmanager
+    def writing(self, path: str, *, durable: bool = False) -> Iterator[pa.NativeFile]:
+        """Write a file that appears under its name only when it is complete.
+
+        Args:
+            path: Final path or URL; missing folders are made.
+            durable: Force the content to the disk before the name appears (local files).
+        """
+        if is_remote(path):
+            with self._explained(path):
+                remote = self._fs(path).open(path, "wb")
+                try:
+                    sink = pa.PythonFile(remote, mode="w")
+                    yield sink
+                    sink.flush()
+                except BaseException:
+                    with contextlib.suppress(Exception):
+                        remote.discard()
+                    remote.closed = True
+                    raise
+                remote.close()
+            return
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f"_tmp-{uuid.uuid4().hex}")
+        with self._explained(path):
+            try:
+                with pa.OSFile(str(temporary), "wb") as sink:
+                    yield sink
+                if durable:
+                    with temporary.open("rb") as handle:
+                        os.fsync(handle.fileno())
+                temporary.replace(final)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+    def write_bytes(self, path: str, content: bytes, *, durable: bool = False) -> None:
+        """Write a whole small file atomically."""
+        with self.writing(path, durable=durable) as sink:
+            sink.write(content)
+
+    def read_json(self, path: str) -> Any:
+        """Read a JSON file."""
+        return json.loads(self.read_bytes(path))
+
+    def write_json(self, path: str, value: Any, *, durable: bool = True) -> None:
+        """Write a JSON file atomically."""
+        text = json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False, allow_nan=False)
+        self.write_bytes(path, (text + "\n").encode(), durable=durable)
+
+    def remove(self, path: str) -> None:
+        """Remove a file, or a folder with all that is below it."""
+        if is_remote(path):
+            with self._explained(path), contextlib.suppress(FileNotFoundError):
+                self._fs(path).rm(path, recursive=True)
+            return
+        target = Path(path)
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+    def free_bytes(self, path: str) -> int | None:
+        """Free bytes on the disk that would hold `path`; None for remote storage."""
+        if is_remote(path):
+            return None
+        folder = Path(path)
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+def _found(path: str, info: Mapping[str, Any]) -> FoundFile:
+    version = info.get("VersionId") or info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
+    return FoundFile(path, int(info["size"]), str(version))
+
+
+def read_ahead(produce: Callable[[], Iterator[T]], *, depth: int = 2) -> Iterator[T]:
+    """Iterate over `produce()` run in a thread of its own, at most `depth` items ahead.
+
+    Decoding a file then overlaps with computing on what came before it.
+    """
+    items: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                items.put((kind, value), timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in produce():
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
+            put("error", error)
+
+    thread = threading.Thread(target=work, daemon=True, name="untwin-read-ahead")
+    thread.start()
+    try:
+        while True:
+            kind, value = items.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,369 @@
+"""Input files of every format: what is in them (facts from footers), and their rows in bounded batches."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.json as pj
+import pyarrow.parquet as pq
+
+from untwin.errors import DamagedFileError, ParameterError, SchemaError, UntwinError
+from untwin.storage.files import FoundFile, Storage, is_remote, redact
+
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file holds.
+
+    Attributes:
+        schema: The columns that can be read.
+        group_rows: Rows of each piece that can be read alone (Parquet row group, chunk of lines or rows).
+        group_starts: Position of each piece in the file: a byte for text, a row number otherwise.
+        group_bytes: Encoded bytes of each piece.
+    """
+
+    schema: pa.Schema
+    group_rows: tuple[int, ...]
+    group_starts: tuple[int, ...]
+    group_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range of whole pieces of one file.
+
+    Attributes:
+        path: The file.
+        first_group: Number of the first piece.
+        group_rows: Rows of each piece in the range.
+        group_starts: Position of each piece in the file.
+        end: Position behind the last piece (text only; else -1).
+        first_row: Number of the first row in the plan's order.
+        row_in_file: Number of the first row in its file.
+    """
+
+    path: str
+    first_group: int
+    group_rows: tuple[int, ...]
+    group_starts: tuple[int, ...]
+    end: int
+    first_row: int
+    row_in_file: int
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in the span."""
+        return sum(self.group_rows)
+
+
+class InputFormat(Protocol):
+    """How files of one format are read."""
+
+    name: str
+    suffixes: tuple[str, ...]
+
+    def select(self, files: list[FoundFile]) -> list[FoundFile]:
+        """Keep the files of this format, out of those found below a folder."""
+        ...
+
+    def inspect(self, storage: Storage, file: FoundFile) -> FileFacts:
+        """Read a file's facts without its rows."""
+        ...
+
+    def read(
+        self, storage: Storage, span: Span, columns: Sequence[str] | None, batch_rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """Read the rows of a span in order; `columns=None` means all columns, exactly as they are."""
+        ...
+
+
+@contextlib.contextmanager
+def naming_file(path: str) -> Iterator[None]:
+    """Turn a reader's error into one that names the file."""
+    try:
+        yield
+    except (UntwinError, GeneratorExit, MemoryError):
+        raise
+    except (pa.ArrowException, OSError, ValueError, EOFError) as error:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DamagedFileError(
+            f"{redact(path)}: cannot be read ({text}); repair or remove the file, then run again"
+        ) from error
+
+
+class ParquetFormat:
+    """Parquet files; a piece is a row group."""
+
+    name = "parquet"
+    suffixes = (".parquet", ".parq", ".pq")
+
+    def select(self, files: list[FoundFile]) -> list[FoundFile]:
+        """Keep files by their suffix."""
+        return [file for file in files if file.path.lower().endswith(self.suffixes)]
+
+    def inspect(self, storage: Storage, file: FoundFile) -> FileFacts:
+        """Read the footer."""
+        with naming_file(file.path), storage.open(file.path) as source, pq.ParquetFile(source) as parquet:
+            metadata = parquet.metadata
+            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+            rows = tuple(group.num_rows for group in groups)
+            starts = (0, *np.cumsum(rows).tolist())[: len(rows)]
+            sizes = tuple(group.total_byte_size for group in groups)
+            if len(groups) == 1:
+                sizes = (file.size,)
+            elif sum(sizes):
+                sizes = tuple(size * file.size // sum(sizes) for size in sizes)
+            return FileFacts(parquet.schema_arrow, rows, tuple(starts), sizes)
+
+    def read(
+        self, storage: Storage, span: Span, columns: Sequence[str] | None, batch_rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """Decode row groups; a large one page by page, so that it never lies in memory whole."""
+        groups = list(range(span.first_group, span.first_group + len(span.group_rows)))
+        small = span.n_rows <= batch_rows
+        with naming_file(span.path), storage.open(span.path) as source:
+            options: dict[str, Any] = {} if small or is_remote(span.path) else {"buffer_size": 1 << 20}
+            with pq.ParquetFile(source, pre_buffer=is_remote(span.path), **options) as parquet:
+                names = None if columns is None else list(columns)
+                if small:
+                    table = parquet.read_row_groups(groups, columns=names, use_threads=False)
+                    _expect_rows(span, table.num_rows)
+                    yield from table.to_batches()
+                    return
+                seen = 0
+                for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=names, use_threads=False):
+                    seen += batch.num_rows
+                    yield batch
+                _expect_rows(span, seen)
+
+
+def _expect_rows(span: Span, found: int) -> None:
+    if found != span.n_rows:
+        raise DamagedFileError(
+            f"{redact(span.path)}: {found} rows where its footer says {span.n_rows}; the file is damaged"
+        )
+
+
+class JsonLinesFormat:
+    """One JSON object a line; a piece is some megabytes of whole lines. Blank lines are not rows."""
+
+    name = "jsonl"
+    suffixes = (".jsonl", ".ndjson")
+
+    def select(self, files: list[FoundFile]) -> list[FoundFile]:
+        """Keep files by their suffix."""
+        return [file for file in files if file.path.lower().endswith(self.suffixes)]
+
+    def inspect(self, storage: Storage, file: FoundFile) -> FileFacts:
+        """Count the lines, piece by piece; the schema comes from the first piece."""
+        rows: list[int] = []
+        starts: list[int] = []
+        schema = pa.schema([])
+        with naming_file(file.path):
+            for start, lines in self._chunks(storage, file.path, 0, file.size):
+                if not rows:
+                    schema = _parse_lines(lines[:1000], None).schema
+                starts.append(start)
+                rows.append(len(lines))
+        sizes = tuple(np.diff([*starts, file.size]).tolist())
+        return FileFacts(schema, tuple(rows), tuple(starts), sizes)
+
+    def read(
+        self, storage: Storage, span: Span, columns: Sequence[str] | None, batch_rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """Parse lines; with `columns=None` the only column is `line`, the verbatim bytes."""
+        row = span.row_in_file
+        with naming_file(span.path):
+            for _, lines in self._chunks(storage, span.path, span.group_starts[0], span.end):
+                for low in range(0, len(lines), batch_rows):
+                    part = lines[low : low + batch_rows]
+                    if columns is None:
+                        yield pa.record_batch({"line": pa.array(part, pa.large_binary())})
+                    else:
+                        table = self._parse(part, columns, span.path, row)
+                        yield from table.combine_chunks().to_batches()
+                    row += len(part)
+
+    def _parse(self, lines: list[bytes], columns: Sequence[str], path: str, first_row: int) -> pa.Table:
+        try:
+            table = _parse_lines(lines, columns)
+        except pa.ArrowInvalid as error:
+            for offset, line in enumerate(lines):
+                try:
+                    json.loads(line)
+                except ValueError as reason:
+                    raise DamagedFileError(
+                        f"{redact(path)}: row {first_row + offset} is not JSON ({reason})"
+                    ) from error
+            raise
+        if table.num_rows != len(lines):
+            raise DamagedFileError(f"{redact(path)}: rows {first_row} and after: more than one object on a line")
+        return table
+
+    @staticmethod
+    def _chunks(storage: Storage, path: str, start: int, end: int) -> Iterator[tuple[int, list[bytes]]]:
+        """Yield (position, non-blank lines) of pieces that end at line ends."""
+        with storage.open(path) as source:
+            source.seek(start)
+            position, rest = start, b""
+            while position + len(rest) < end:
+                block = source.read(min(_CHUNK_BYTES, end - position - len(rest)))
+                if not block:
+                    break
+                data = rest + block
+                last = position + len(data) >= end
+                cut = len(data) if last else data.rfind(b"\n") + 1
+                lines = [line for line in data[:cut].split(b"\n") if line.strip()]
+                if lines:
+                    yield position, lines
+                position, rest = position + cut, data[cut:]
+            if rest.strip():
+                yield position, [rest]
+
+
+def _parse_lines(lines: list[bytes], columns: Sequence[str] | None) -> pa.Table:
+    content = io.BytesIO(b"\n".join(lines))
+    options = pj.ReadOptions(use_threads=False, block_size=max(1 << 20, content.getbuffer().nbytes + 1))
+    table = pj.read_json(content, read_options=options)
+    if columns is None:
+        return _floats(table)
+    missing = [name for name in columns if name not in table.column_names]
+    for name in missing:
+        table = table.append_column(name, pa.nulls(table.num_rows))
+    return _floats(table.select(list(columns)))
+
+
+def _floats(table: pa.Table) -> pa.Table:
+    """JSON numbers without a point are read as integers; an embedding of such is one of floats."""
+    for index, column in enumerate(table.schema):
+        if pa.types.is_list(column.type) and (
+            pa.types.is_integer(column.type.value_type) or pa.types.is_null(column.type.value_type)
+        ):
+            floats = table.column(index).cast(pa.list_(pa.float64()))
+            table = table.set_column(index, column.name, floats)
+    return table
+
+
+class NpyFormat:
+    """CLIP retrieval's pairs: `img_emb_N.npy` (n × D) beside, or in a folder beside, `metadata_N.parquet`."""
+
+    name = "npy"
+    suffixes = (".npy",)
+    embedding_column = "embedding"
+    _number = re.compile(r"_(\d+)\.npy$")
+
+    def select(self, files: list[FoundFile]) -> list[FoundFile]:
+        """Keep image embeddings, or all `.npy` files if none is called so."""
+        arrays = [file for file in files if file.path.endswith(".npy") and self._number.search(file.path)]
+        named = [file for file in arrays if "img_emb" in file.path.rpartition("/")[2]]
+        return named or arrays
+
+    def metadata_path(self, storage: Storage, path: str) -> str:
+        """Find the metadata of an embedding file."""
+        match = self._number.search(path)
+        folder, _, _ = path.rpartition("/")
+        name = f"metadata_{match.group(1) if match else ''}.parquet"
+        candidates = [f"{folder}/{name}", f"{folder.rpartition('/')[0]}/metadata/{name}"]
+        for candidate in candidates:
+            if storage.exists(candidate):
+                return candidate
+        raise DamagedFileError(f"{redact(path)}: its {name} is missing (looked for {', '.join(candidates)})")
+
+    def _header(self, storage: Storage, path: str) -> tuple[tuple[int, int], np.dtype[Any], int]:
+        with storage.open(path) as source:
+            version = np.lib.format.read_magic(source)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(source)
+            if len(shape) != 2 or fortran or dtype.kind != "f" or dtype.itemsize > 8 or dtype.byteorder == ">":
+                raise SchemaError(
+                    f"{redact(path)}: holds {dtype} of shape {shape}"
+                    f"{' in Fortran order' if fortran else ''}; wanted is a C-ordered (rows, dimension) array of "
+                    "float16, float32 or float64"
+                )
+            return (shape[0], shape[1]), dtype, source.tell()
+
+    def inspect(self, storage: Storage, file: FoundFile) -> FileFacts:
+        """Read the array's header and the metadata's footer."""
+        with naming_file(file.path):
+            (n_rows, dim), dtype, offset = self._header(storage, file.path)
+            if file.size != offset + n_rows * dim * dtype.itemsize:
+                raise DamagedFileError(
+                    f"{redact(file.path)}: {file.size} bytes where its header says "
+                    f"{offset + n_rows * dim * dtype.itemsize}; the file is damaged"
+                )
+        metadata_path = self.metadata_path(storage, file.path)
+        with (
+            naming_file(metadata_path),
+            storage.open(metadata_path) as source,
+            pq.ParquetFile(source) as parquet,
+        ):
+            schema, metadata_rows = parquet.schema_arrow, parquet.metadata.num_rows
+        if metadata_rows != n_rows:
+            raise DamagedFileError(
+                f"{redact(file.path)}: {n_rows} rows, but {redact(metadata_path)} has {metadata_rows}"
+            )
+        vectors = pa.list_(pa.from_numpy_dtype(dtype), dim)
+        schema = schema.append(pa.field(self.embedding_column, vectors))
+        size = max(1, _CHUNK_BYTES // max(1, dim * dtype.itemsize))
+        starts = tuple(range(0, n_rows, size))
+        rows = tuple(min(size, n_rows - start) for start in starts)
+        return FileFacts(schema, rows, starts, tuple(count * dim * dtype.itemsize for count in rows))
+
+    def read(
+        self, storage: Storage, span: Span, columns: Sequence[str] | None, batch_rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """Read rows of the array and, beside them, rows of the metadata."""
+        wanted = None if columns is None else [name for name in columns if name != self.embedding_column]
+        with_vectors = columns is None or self.embedding_column in columns
+        with naming_file(span.path):
+            (_, dim), dtype, offset = self._header(storage, span.path)
+            with storage.open(span.path) as source:
+                row = span.row_in_file
+                for metadata in self._metadata(storage, span, wanted, batch_rows):
+                    arrays = dict(zip(metadata.schema.names, metadata.columns, strict=True))
+                    if with_vectors:
+                        width = dim * dtype.itemsize
+                        data = source.read_at(metadata.num_rows * width, offset + row * width)
+                        flat = pa.array(np.frombuffer(data, dtype))
+                        arrays[self.embedding_column] = pa.FixedSizeListArray.from_arrays(flat, dim)
+                    row += metadata.num_rows
+                    order = arrays if columns is None else {name: arrays[name] for name in columns}
+                    yield pa.record_batch(order)
+
+    def _metadata(
+        self, storage: Storage, span: Span, columns: list[str] | None, batch_rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        low, high = span.row_in_file, span.row_in_file + span.n_rows
+        position = 0
+        with storage.open(self.metadata_path(storage, span.path)) as source, pq.ParquetFile(source) as parquet:
+            if columns == []:
+                columns = parquet.schema_arrow.names[:1]
+            for batch in parquet.iter_batches(batch_rows, columns=columns, use_threads=False):
+                start, end = max(low, position), min(high, position + batch.num_rows)
+                if start < end:
+                    yield batch.slice(start - position, end - start)
+                position += batch.num_rows
+                if position >= high:
+                    return
+
+
+FORMATS: dict[str, InputFormat] = {
+    format_.name: format_ for format_ in (ParquetFormat(), JsonLinesFormat(), NpyFormat())
+}
+
+
+def input_format(name: str) -> InputFormat:
+    """Look a format up by its name."""
+    if name not in FORMATS:
+        raise ParameterError(f"input_filetype is {name!r}; known are {', '.join(FORMATS)}")
+    return FORMATS[name]

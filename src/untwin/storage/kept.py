@@ -1,0 +1,233 @@
+"""Writing the rows that stay, in the format that they came in."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from untwin.storage.files import Storage
+from untwin.storage.inputs import NpyFormat, naming_file
+
+_ROW_GROUP_BYTES = 32 << 20
+
+
+class KeptWriter(ABC):
+    """Writes rows in order to one output file, or to a few where schemas cannot be united.
+
+    Args:
+        storage: Where to.
+        path: Final path without its ending.
+        source_path: An input file whose encoding is taken over.
+    """
+
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str) -> None:
+        self._storage, self._path = storage, path
+        self._source_storage, self._source_path = source_storage, source_path
+        self._stack = ExitStack()
+        self.files: list[str] = []
+        self.n_rows = 0
+
+    @abstractmethod
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Add rows."""
+
+    def finish(self) -> None:
+        """Write what is held back, and give the files their names."""
+        self._stack.close()
+
+    def __enter__(self) -> KeptWriter:
+        """Use as a context manager; `finish` must be called inside."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Abandon files that are not finished."""
+        self._stack.__exit__(kind, error, trace)
+
+
+class ParquetKept(KeptWriter):
+    """Parquet with the codec of the input; vectors without dictionary or statistics."""
+
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str) -> None:
+        super().__init__(storage, path, source_storage, source_path)
+        self._schema: pa.Schema | None = None
+        self._held: list[pa.RecordBatch] = []
+        self._held_bytes = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Add rows; rows that have other columns or types than those before may start another file."""
+        if self._schema is None or not batch.schema.equals(self._schema):
+            self._change_schema(batch.schema)
+        self._held.append(batch)
+        self._held_bytes += batch.nbytes
+        self.n_rows += batch.num_rows
+        if self._held_bytes >= _ROW_GROUP_BYTES:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is held back; an input without a row that stays gives an empty file."""
+        if self._schema is None:
+            with naming_file(self._source_path), self._source_storage.open(self._source_path) as source:
+                self._schema = _portable(pq.read_schema(source))
+        self._flush()
+        self._close()
+        super().finish()
+
+    def _change_schema(self, schema: pa.Schema) -> None:
+        schema = _portable(schema)
+        if self._schema is not None:
+            united = None
+            if self._writer is None:
+                try:
+                    united = pa.unify_schemas([self._schema, schema])
+                except pa.ArrowException:
+                    united = None
+            elif _fits(schema, self._schema):
+                united = self._schema
+            if united is not None:
+                self._schema = united
+                return
+            self._flush()
+            self._close()
+        self._schema = schema
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            self._open()
+        assert self._writer is not None
+        if self._held:
+            tables = [pa.Table.from_batches([batch]) for batch in self._held]
+            table = pa.concat_tables(tables, promote_options="default")
+            if not table.schema.equals(self._schema):
+                missing = [field for field in self._schema or () if field.name not in table.column_names]
+                for field in missing:
+                    table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+                table = table.select([field.name for field in self._schema or ()]).cast(self._schema)
+            self._writer.write_table(table)
+        self._held, self._held_bytes = [], 0
+
+    def _open(self) -> None:
+        path = f"{self._path}.parquet" if not self.files else f"{self._path}-{len(self.files)}.parquet"
+        with naming_file(self._source_path), self._source_storage.open(self._source_path) as source:
+            codec, encoded = _encoding(pq.read_metadata(source))
+        sink = self._stack.enter_context(self._storage.writing(path, durable=True))
+        self._writer = pq.ParquetWriter(
+            sink,
+            self._schema,
+            compression=codec,
+            use_dictionary=encoded or False,
+            write_statistics=encoded or False,
+        )
+        self.files.append(path)
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            self._stack.close()
+
+
+def _fits(schema: pa.Schema, target: pa.Schema) -> bool:
+    """Whether rows of one schema can be written under another without a change of any value."""
+    try:
+        return bool(pa.unify_schemas([target, schema]).equals(target))
+    except pa.ArrowException:
+        return False
+
+
+def _encoding(metadata: pq.FileMetaData) -> tuple[str, list[str]]:
+    """Codec of the first column chunk, and the columns that dictionaries and statistics are good for."""
+    codec = "snappy"
+    if metadata.num_row_groups and metadata.num_columns:
+        name = metadata.row_group(0).column(0).compression.lower()
+        codec = {"uncompressed": "none", "lz4_raw": "lz4"}.get(name, name)
+    leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
+    numbers = [
+        leaf.path
+        for leaf in leaves
+        if leaf.physical_type in ("FLOAT", "DOUBLE") or leaf.logical_type.type == "FLOAT16"
+    ]
+    return codec, [leaf.path for leaf in leaves if leaf.path not in numbers]
+
+
+def _portable(schema: pa.Schema) -> pa.Schema:
+    """Drop what the schema's metadata say about the number of rows (pandas' range index)."""
+    metadata = dict(schema.metadata or {})
+    if b"pandas" in metadata:
+        described = json.loads(metadata[b"pandas"])
+        columns = described.get("index_columns", [])
+        described["index_columns"] = [name for name in columns if isinstance(name, str)]
+        metadata[b"pandas"] = json.dumps(described).encode()
+    return schema.with_metadata(metadata or None)
+
+
+class LinesKept(KeptWriter):
+    """JSON lines, verbatim."""
+
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str) -> None:
+        super().__init__(storage, path, source_storage, source_path)
+        name = f"{path}.{source_path.rpartition('.')[2]}"
+        self._sink = self._stack.enter_context(storage.writing(name, durable=True))
+        self.files.append(name)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Add lines."""
+        for line in batch.column("line").to_pylist():
+            self._sink.write(line)
+            self._sink.write(b"\n")
+        self.n_rows += batch.num_rows
+
+
+class NpyKept(KeptWriter):
+    """A pair of `img_emb_….npy` and `metadata_….parquet`."""
+
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str) -> None:
+        super().__init__(storage, path, source_storage, source_path)
+        self._parts: list[pa.RecordBatch] = []
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Add rows."""
+        self._parts.append(batch)
+        self.n_rows += batch.num_rows
+
+    def finish(self) -> None:
+        """Write both files."""
+        column = NpyFormat.embedding_column
+        folder, _, name = self._path.rpartition("/")
+        number = name.rpartition("_")[2].rpartition("-")[2]
+        arrays, metadata = f"{folder}/img_emb_{number}.npy", f"{folder}/metadata_{number}.parquet"
+        self._write_vectors(arrays, column)
+        with self._storage.writing(metadata, durable=True) as sink:
+            if self._parts:
+                pq.write_table(pa.Table.from_batches(self._parts).drop_columns([column]), sink)
+            else:
+                found = NpyFormat().metadata_path(self._source_storage, self._source_path)
+                with naming_file(found), self._source_storage.open(found) as source:
+                    pq.write_table(pq.read_schema(source).empty_table(), sink)
+        self.files += [arrays, metadata]
+        super().finish()
+
+    def _write_vectors(self, path: str, column: str) -> None:
+        if self._parts:
+            kind = self._parts[0].schema.field(column).type
+            dtype, dim = np.dtype(kind.value_type.to_pandas_dtype()), int(kind.list_size)
+        else:
+            dtype, dim = np.dtype(np.float32), 0
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (self.n_rows, dim)}
+        with self._storage.writing(path, durable=True) as sink:
+            np.lib.format.write_array_header_1_0(sink, header)
+            for batch in self._parts:
+                vectors = batch.column(column)
+                flat = vectors.values.slice(vectors.offset * dim, len(vectors) * dim)
+                sink.write(flat.to_numpy(zero_copy_only=True).tobytes())
+
+
+KEPT_WRITERS: dict[str, type[KeptWriter]] = {"parquet": ParquetKept, "jsonl": LinesKept, "npy": NpyKept}

@@ -1,0 +1,411 @@
+"""The input as a table of files: which files there are, what they hold, and in which order rows count."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from untwin.errors import ChangedInputError, InputNotFoundError, ParameterError, SchemaError
+from untwin.storage.columns import common_id_type, embedding_dim, id_type, list_lengths
+from untwin.storage.files import FoundFile, Storage, is_remote, normalize_path, redact
+from untwin.storage.inputs import FileFacts, InputFormat, Span, input_format
+
+_CURATOR_SUFFIX = "_embd_parquet"
+_CURATOR_PREFIXES = {"internvideo2": "iv2", "cosmos-embed1": "ce1"}
+_PEEKED_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The names of the columns that a run reads; `embedding_field` is empty where no vectors are wanted."""
+
+    id_field: str
+    embedding_field: str
+    metadata_fields: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """All of them, each once."""
+        names = dict.fromkeys((self.id_field, self.embedding_field, *self.metadata_fields))
+        return [name for name in names if name]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All input files, in the plan's order.
+
+    Attributes:
+        files: One row a file: path, relative (below the input it was found in), size, version, rows, first_row,
+            group_rows, group_starts, group_bytes (lists, one entry a piece).
+        filetype: Name of the input format.
+        id_type: Type in which ids are written.
+        dim: Dimension, if the types of all files fix it, else the commonest length among the rows looked at.
+        metadata_types: Types of the metadata columns.
+    """
+
+    files: pa.Table
+    filetype: str
+    id_type: pa.DataType
+    dim: int
+    metadata_types: tuple[pa.DataType, ...]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in all files."""
+        return int(self.files["rows"].to_numpy().sum()) if self.files.num_rows else 0
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files."""
+        return int(self.files["size"].to_numpy().sum()) if self.files.num_rows else 0
+
+    @property
+    def format(self) -> InputFormat:
+        """The input format."""
+        return input_format(self.filetype)
+
+    def digest(self) -> str:
+        """SHA-256 over paths, sizes and versions."""
+        digest = hashlib.sha256()
+        for batch in self.files.select(["path", "size", "version"]).to_batches():
+            for column in batch.columns:
+                digest.update("\0".join(map(str, column.to_pylist())).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def groups(self) -> Groups:
+        """All pieces of all files as arrays, in order."""
+        rows = self.files["group_rows"].combine_chunks()
+        per_file = np.asarray(list_lengths(rows), dtype=np.int64) if len(rows) else np.empty(0, np.int64)
+        flat_rows = np.asarray(rows.flatten().to_numpy(zero_copy_only=False), dtype=np.int64)
+        flat_bytes = self.files["group_bytes"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        owner = np.repeat(np.arange(len(per_file)), per_file)
+        starts = np.concatenate(([0], np.cumsum(flat_rows)))
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(per_file) - per_file, per_file)
+        return Groups(flat_rows, np.asarray(flat_bytes, dtype=np.int64), owner, within, starts)
+
+    def spans(self, first_group: int, end_group: int, groups: Groups) -> Iterator[Span]:
+        """The pieces `first_group` up to `end_group` (numbers over all files) as spans of files."""
+        position = first_group
+        while position < end_group:
+            file = int(groups.file[position])
+            end = position
+            while end < end_group and groups.file[end] == file:
+                end += 1
+            row = self.files.slice(file, 1).to_pylist()[0]
+            low = int(groups.within[position])
+            high = low + end - position
+            starts = row["group_starts"]
+            yield Span(
+                path=row["path"],
+                first_group=low,
+                group_rows=tuple(row["group_rows"][low:high]),
+                group_starts=tuple(starts[low:high]),
+                end=starts[high] if high < len(starts) else row["size"],
+                first_row=int(groups.starts[position]),
+                row_in_file=int(groups.starts[position]) - row["first_row"],
+            )
+            position = end
+
+    def locate(self, rows: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int64]]:
+        """Files and row numbers in them, for row numbers in the plan's order."""
+        first = self.files["first_row"].to_numpy()
+        # files without rows share their first row with the file behind them: the last of equals has the row
+        file = np.searchsorted(first, rows, side="right") - 1
+        return self.files["path"].take(pa.array(file)).to_pylist(), rows - first[file]
+
+    def write(self, storage: Storage, path: str) -> None:
+        """Write the listing as Parquet."""
+        empty = pa.schema(
+            [("id", self.id_type), *((f"m{i}", kind) for i, kind in enumerate(self.metadata_types))]
+        )
+        facts = {b"untwin.filetype": self.filetype.encode(), b"untwin.dim": str(self.dim).encode()}
+        facts[b"untwin.types"] = base64.b64encode(empty.serialize().to_pybytes())
+        with storage.writing(path) as sink:
+            pq.write_table(self.files.replace_schema_metadata(facts), sink, compression="zstd")
+
+    @classmethod
+    def read(cls, storage: Storage, path: str) -> Listing:
+        """Read what `write` wrote."""
+        with storage.open(path) as source:
+            files = pq.read_table(source, partitioning=None)
+        facts = files.schema.metadata
+        types = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(facts[b"untwin.types"]))).types
+        return cls(
+            files.replace_schema_metadata(None),
+            facts[b"untwin.filetype"].decode(),
+            types[0],
+            int(facts[b"untwin.dim"]),
+            tuple(types[1:]),
+        )
+
+    def check_unchanged(self, storage: Storage) -> None:
+        """Raise ChangedInputError if a file is gone, or has another size or version than when it was listed."""
+        rows = zip(*(self.files[name].to_pylist() for name in ("path", "size", "version")), strict=True)
+
+        def check(row: tuple[str, int, str]) -> None:
+            path, size, version = row
+            try:
+                now = storage.stat(path)
+            except FileNotFoundError as error:
+                raise ChangedInputError(f"{redact(path)}: this input file is gone since the run") from error
+            if now.size != size or now.version != version:
+                raise ChangedInputError(
+                    f"{redact(path)}: this input file changed since the run (it had {size} bytes, now {now.size}); "
+                    "run again on the new input"
+                )
+
+        with ThreadPoolExecutor(16) as pool:
+            for _ in pool.map(check, rows, chunksize=64):
+                pass
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Pieces of all files, as parallel arrays: rows, bytes, number of the file, number in the file; row starts."""
+
+    rows: NDArray[np.int64]
+    n_bytes: NDArray[np.int64]
+    file: NDArray[np.int64]
+    within: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+
+def list_inputs(
+    storage: Storage,
+    inputs: Sequence[str],
+    fields: Fields,
+    *,
+    filetype: str = "parquet",
+    extensions: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    dim: int | None = None,
+) -> Listing:
+    """Find the input files, read their footers, and check that their columns can be used.
+
+    Args:
+        storage: Access to the inputs.
+        inputs: Files, folders and globs, local or remote.
+        fields: Columns that must be there.
+        filetype: `parquet`, `jsonl` or `npy`.
+        extensions: File name endings to read instead of the format's own.
+        exclude: Folders whose files are left out, for an output that lies inside an input.
+        dim: Known dimension; else it is looked up.
+
+    Raises:
+        InputNotFoundError: Nothing found.
+        SchemaError: A column is missing or of the wrong type.
+        DamagedFileError: A footer cannot be read.
+    """
+    format_ = input_format(filetype)
+    found = _find(storage, inputs, format_, extensions, exclude)
+    paths = [file.path for file, _ in found]
+    workers = 32 if any(map(is_remote, paths[:1])) else 4
+    with ThreadPoolExecutor(workers) as pool:
+        facts = list(pool.map(lambda item: format_.inspect(storage, item[0]), found, chunksize=64))
+    ids, fixed_dims, metadata_types = _check_schemas(facts, paths, fields, filetype)
+    rows = np.array([sum(fact.group_rows) for fact in facts], dtype=np.int64)
+    table = pa.table(
+        {
+            "path": pa.array(paths, pa.large_string()),
+            "relative": pa.array([relative for _, relative in found], pa.large_string()),
+            "size": pa.array([file.size for file, _ in found], pa.int64()),
+            "version": pa.array([file.version for file, _ in found], pa.large_string()),
+            "rows": rows,
+            "first_row": np.cumsum(rows) - rows,
+            "group_rows": pa.array([fact.group_rows for fact in facts], pa.large_list(pa.int64())),
+            "group_starts": pa.array([fact.group_starts for fact in facts], pa.large_list(pa.int64())),
+            "group_bytes": pa.array([fact.group_bytes for fact in facts], pa.large_list(pa.int64())),
+        }
+    )
+    listing = Listing(table, filetype, ids, dim or 0, metadata_types)
+    if listing.n_rows == 0:
+        raise InputNotFoundError(f"{redact(', '.join(inputs))}: the files hold no rows")
+    if dim is None and fields.embedding_field:
+        if fixed_dims and None not in fixed_dims:
+            dim = fixed_dims.most_common(1)[0][0]
+        else:
+            dim = _peek_dim(storage, listing, fields)
+    return Listing(table, filetype, ids, int(dim or 0), metadata_types)
+
+
+def _find(
+    storage: Storage,
+    inputs: Sequence[str],
+    format_: InputFormat,
+    extensions: Sequence[str] | None,
+    exclude: Sequence[str],
+) -> list[tuple[FoundFile, str]]:
+    """Files with their paths relative to the input they were found in, sorted by path, each once."""
+    found: dict[str, tuple[FoundFile, str]] = {}
+    endings = tuple(f".{ending.lower().lstrip('.')}" for ending in extensions or ())
+    if not inputs:
+        raise InputNotFoundError("no input path given")
+    for given in inputs:
+        for path in _expand(storage, given):
+            if storage.is_folder(path):
+                folder = _curator_folder(storage, path)
+                below = [file for file in storage.find(folder) if not _is_ours(file.path, folder, exclude)]
+                chosen = (
+                    [file for file in below if file.path.lower().endswith(endings)] if endings else format_.select(below)
+                )
+                if not chosen:
+                    wanted = " ".join(f"*{ending}" for ending in endings or format_.suffixes)
+                    raise InputNotFoundError(f"{redact(path)}: no {wanted} files in this folder")
+                pairs = [(file, posixpath.relpath(file.path, folder)) for file in chosen]
+            elif storage.exists(path):
+                pairs = [(storage.stat(path), posixpath.basename(path))]
+            else:
+                raise InputNotFoundError(f"{redact(path)}: no such file or folder")
+            for file, relative in pairs:
+                found.setdefault(file.path, (file, relative))
+    pairs = [found[path] for path in sorted(found)]
+    taken = Counter(relative for _, relative in pairs)
+    return [
+        (file, relative if taken[relative] == 1 else posixpath.join(_folder_name(file.path, relative), relative))
+        for file, relative in pairs
+    ]
+
+
+def _folder_name(path: str, relative: str) -> str:
+    """A folder for files that have the same relative path below different inputs: readable, and different."""
+    root = path[: len(path) - len(relative)].rstrip("/")
+    return f"{posixpath.basename(root) or 'input'}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
+
+
+def _expand(storage: Storage, given: str) -> list[str]:
+    path = normalize_path(given)
+    if not any(character in path for character in "*?[") or storage.exists(path):
+        return [path]
+    matches = storage.glob(path)
+    if not matches:
+        raise InputNotFoundError(f"{redact(path)}: the pattern matches nothing")
+    return matches
+
+
+def _is_ours(path: str, folder: str, exclude: Sequence[str]) -> bool:
+    """Whether a found file is not data: in an excluded folder, hidden, or under a name that starts with `_`."""
+    if any(path == other or path.startswith(other.rstrip("/") + "/") for other in exclude):
+        return True
+    below = path[len(folder) :].strip("/").split("/")
+    return any(part.startswith(("_", ".")) for part in below)
+
+
+def _curator_folder(storage: Storage, folder: str) -> str:
+    """The embeddings folder in an output folder of a Curator pipeline; else the folder itself."""
+    names = [name for name in storage.names(folder) if name.endswith(_CURATOR_SUFFIX)]
+    separator = "/"
+    if not names:
+        return folder
+    if len(names) == 1:
+        return folder + separator + names[0]
+    summary = folder + separator + "summary.json"
+    algorithm = ""
+    if storage.exists(summary):
+        content: Any = storage.read_json(summary)
+        algorithm = str(content.get("embedding_algorithm", "")) if isinstance(content, dict) else ""
+    for known, prefix in _CURATOR_PREFIXES.items():
+        if algorithm.startswith(known) and prefix + _CURATOR_SUFFIX in names:
+            return folder + separator + prefix + _CURATOR_SUFFIX
+    if algorithm and algorithm + _CURATOR_SUFFIX in names:
+        return folder + separator + algorithm + _CURATOR_SUFFIX
+    raise ParameterError(
+        f"{redact(folder)}: holds several sets of embeddings ({', '.join(names)}), and its summary.json does not "
+        "say which one is meant; give one of these folders as the input"
+    )
+
+
+def _check_schemas(
+    facts: Iterable[FileFacts], paths: Sequence[str], fields: Fields, filetype: str
+) -> tuple[pa.DataType, Counter[int | None], tuple[pa.DataType, ...]]:
+    ids: pa.DataType | None = None
+    first_path = ""
+    dims: Counter[int | None] = Counter()
+    previous: pa.Schema | None = None
+    metadata_types: list[pa.DataType] = []
+    for fact, path in zip(facts, paths, strict=True):
+        if not fact.group_rows and filetype != "parquet":
+            continue
+        if previous is not None and fact.schema.equals(previous):
+            continue
+        previous = fact.schema
+        for name in fields.names:
+            if name not in fact.schema.names:
+                raise SchemaError(
+                    f"{redact(path)}: no column {name!r}; it has {', '.join(map(repr, fact.schema.names))}"
+                )
+            if fact.schema.names.count(name) > 1:
+                raise SchemaError(f"{redact(path)}: more than one column is called {name!r}")
+        found = id_type(fact.schema.field(fields.id_field).type)
+        if found is None:
+            raise SchemaError(
+                f"{redact(path)}: column {fields.id_field!r} has type {fact.schema.field(fields.id_field).type}; "
+                "an id is a string, an integer or fixed-size binary"
+            )
+        common = found if ids is None else common_id_type(ids, found)
+        if common is None:
+            raise SchemaError(
+                f"column {fields.id_field!r} is {ids} in {redact(first_path)} but {found} in {redact(path)}; "
+                "bring the ids to one type"
+            )
+        ids, first_path = common, first_path or path
+        if not fields.embedding_field:
+            continue
+        try:
+            dims[embedding_dim(fact.schema.field(fields.embedding_field).type)] += 1
+        except SchemaError as error:
+            raise SchemaError(f"{redact(path)}: column {fields.embedding_field!r} {error}") from None
+        types = [fact.schema.field(name).type for name in fields.metadata_fields]
+        if not metadata_types:
+            metadata_types = types
+        for index, (name, known, new) in enumerate(zip(fields.metadata_fields, metadata_types, types, strict=True)):
+            if known.equals(new) or pa.types.is_null(new):
+                continue
+            if pa.types.is_null(known):
+                metadata_types[index] = new
+            else:
+                unified = _common_metadata_type(known, new)
+                if unified is None:
+                    raise SchemaError(
+                        f"column {name!r} is {known} in {redact(first_path)} but {new} in {redact(path)}; "
+                        "bring it to one type"
+                    )
+                metadata_types[index] = unified
+    return ids or pa.string(), dims, tuple(metadata_types)
+
+
+def _common_metadata_type(known: pa.DataType, new: pa.DataType) -> pa.DataType | None:
+    try:
+        unified = pa.unify_schemas(
+            [pa.schema([("x", known)]), pa.schema([("x", new)])], promote_options="permissive"
+        )
+    except pa.ArrowException:
+        return None
+    return unified.field("x").type
+
+
+def _peek_dim(storage: Storage, listing: Listing, fields: Fields) -> int:
+    """The commonest length among the first rows of up to 16 files, for the estimate before the work."""
+    groups = listing.groups()
+    with_rows = np.flatnonzero(groups.rows)
+    _, first = np.unique(groups.file[with_rows], return_index=True)
+    candidates = with_rows[first]
+    chosen = candidates[:: max(1, len(candidates) // 16)][:16]
+    lengths: Counter[int] = Counter()
+    for group in chosen.tolist():
+        span = next(listing.spans(group, group + 1, groups))
+        batch = next(iter(listing.format.read(storage, span, [fields.embedding_field], _PEEKED_ROWS)))
+        lengths.update(list_lengths(batch.column(0)).tolist())
+    lengths.pop(0, None)
+    return max(lengths, key=lambda length: (lengths[length], length)) if lengths else 0

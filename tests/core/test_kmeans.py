@@ -1,0 +1,269 @@
+"""k-means: exact nearest centroids, the same bits in any order, quality, empty clusters."""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from untwin.core import kmeans
+from untwin.core.hashing import hash_integers
+from untwin.core.kmeans import ArrayBlocks, NearestCentroid, fit, nearest, plus_plus
+from untwin.core.vectors import normalize
+from untwin.errors import ParameterError
+
+
+def clustered(seed, n, dim, n_centres=8, spread=0.3):
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((n_centres, dim))
+    X, _ = normalize(centres[rng.integers(0, n_centres, n)] + spread * rng.standard_normal((n, dim)))
+    return X
+
+
+def hashes_of(n):
+    return hash_integers(np.arange(n), 11)
+
+
+class Ragged:
+    """Blocks of uneven sizes, one of them empty, rows in any order."""
+
+    def __init__(self, X, hashes, order, cuts):
+        bounds = [0, *sorted(cuts), len(order)]
+        self.parts = [order[a:b] for a, b in pairwise(bounds)]
+        self.X, self.hashes = X, hashes
+        self.n_rows, self.dim = X.shape
+
+    def __len__(self):
+        return len(self.parts)
+
+    def block(self, index):
+        return self.X[self.parts[index]], self.hashes[self.parts[index]]
+
+
+def assert_same(a, b):
+    assert a.centroids.tobytes() == b.centroids.tobytes()
+    assert a.counts.tolist() == b.counts.tolist()
+    assert (a.inertia, a.n_iter, a.mean_cosine, a.n_rows) == (b.inertia, b.n_iter, b.mean_cosine, b.n_rows)
+
+
+def exact_distances(X, C):
+    return ((X.astype(np.float64)[:, None] - C.astype(np.float64)) ** 2).sum(axis=2)
+
+
+def lloyd(X, C, max_iter, tol):
+    """Plain float64 Lloyd with scikit-learn's stopping rule."""
+    X, C = X.astype(np.float64), C.astype(np.float64)
+    for _ in range(max_iter):
+        label = exact_distances(X, C).argmin(axis=1)
+        new = np.stack([X[label == k].mean(axis=0) if (label == k).any() else C[k] for k in range(len(C))])
+        shift, C = ((new - C) ** 2).sum(), new
+        if shift <= tol * X.var(axis=0).mean():
+            break
+    return C, exact_distances(X, C).min(axis=1).sum()
+
+
+@pytest.mark.parametrize(("n", "dim", "k"), [(1, 1, 1), (300, 2, 7), (500, 17, 300), (100, 384, 40)])
+@pytest.mark.parametrize("columns", [3, 64, 1024])
+def test_nearest_equals_brute_force(n, dim, k, columns, monkeypatch):
+    monkeypatch.setattr(kmeans, "_ASSIGN_COLUMNS", columns)
+    X = clustered(n, n, dim)
+    C = np.random.default_rng(k).standard_normal((k, dim)).astype(np.float32) * 0.3
+    label, square = nearest(X, C)
+    want = exact_distances(X, C)
+    assert label.dtype == np.int32
+    assert square.dtype == np.float64
+    np.testing.assert_array_equal(label, want.argmin(axis=1))
+    np.testing.assert_allclose(square, want.min(axis=1), rtol=1e-12)
+
+
+def test_ties_between_identical_centroids_go_to_the_lowest_index():
+    X = clustered(0, 200, 5)
+    C = X[[3, 7, 3, 7, 7, 9]]
+    label = NearestCentroid(C).labels(X)
+    assert set(label.tolist()) == {0, 1, 5}
+    np.testing.assert_array_equal(
+        label, nearest(X, X[[3, 7, 9]])[0][:, None] @ [0] + np.array([0, 1, 5])[nearest(X, X[[3, 7, 9]])[0]]
+    )
+
+
+def test_near_ties_are_decided_exactly_whatever_the_batch():
+    X = clustered(1, 400, 64)
+    C = np.repeat(X[:20], 5, axis=0)
+    C[:, 3] *= 1 + np.tile(np.arange(5) - 2, 20).astype(np.float32) * np.float32(2.0**-22)
+    finder = NearestCentroid(C)
+    label = finder.labels(X)
+    np.testing.assert_array_equal(label, exact_distances(X, C).argmin(axis=1))
+    for size in (1, 3, 111):
+        parts = [finder.labels(X[at : at + size]) for at in range(0, 400, size)]
+        np.testing.assert_array_equal(np.concatenate(parts), label)
+
+
+@pytest.mark.parametrize("init", ["k-means||", "random", "array"])
+def test_fit_has_the_same_bits_for_any_order_partition_and_threads(init):
+    X, hashes = clustered(2, 1000, 12), hashes_of(1000)
+    X[500:520] = X[0]
+    arguments = {"init": X[:25].copy() if init == "array" else init, "seed": 3, "n_init": 2}
+    want = fit(ArrayBlocks(X, hashes), 25, **arguments)
+    rng = np.random.default_rng(4)
+    with ThreadPoolExecutor(4) as pool:
+        for attempt in range(4):
+            order = rng.permutation(1000)
+            cuts = rng.integers(0, 1000, 7).tolist()
+            run = pool.map if attempt % 2 else map
+            assert_same(
+                fit(Ragged(X, hashes, order, [*cuts, cuts[0]]), 25, executor_map=run, **arguments), want
+            )
+    other = fit(ArrayBlocks(X, hashes), 25, **{**arguments, "seed": 4})
+    assert init == "array" or other.centroids.tobytes() != want.centroids.tobytes()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    points=st.lists(st.integers(0, 11), min_size=1, max_size=30),
+    n_clusters=st.integers(1, 30),
+    init=st.sampled_from(["k-means||", "random"]),
+    data=st.data(),
+)
+def test_few_distinct_rows_order_and_partition_change_nothing(points, n_clusters, init, data):
+    n_clusters = min(n_clusters, len(points))
+    angles = np.array(points) * np.pi / 6
+    X, _ = normalize(np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    hashes = hashes_of(len(X))
+    want = fit(ArrayBlocks(X, hashes), n_clusters, init=init)
+    order = np.array(data.draw(st.permutations(range(len(X)))))
+    cuts = data.draw(st.lists(st.integers(0, len(X)), max_size=3))
+    assert_same(fit(Ragged(X, hashes, order, cuts), n_clusters, init=init), want)
+    assert want.counts.sum() == len(X)
+    assert np.isfinite(want.centroids).all()
+    if n_clusters >= len(set(points)):
+        assert np.count_nonzero(want.counts) == len(set(points))
+        assert want.inertia < 1e-12
+
+
+def test_equals_plain_lloyd_from_the_same_start():
+    X = clustered(5, 800, 10, n_centres=15)
+    for max_iter in (1, 3, 300):
+        got = fit(ArrayBlocks(X, hashes_of(800), 100), 12, init=X[:12], max_iter=max_iter, tol=1e-4)
+        C, inertia = lloyd(X, X[:12], max_iter, 1e-4)
+        np.testing.assert_allclose(got.centroids, C, atol=1e-5)
+        assert got.inertia == pytest.approx(inertia, rel=1e-5)
+        assert got.n_iter <= max_iter
+
+
+@pytest.mark.parametrize("init", ["k-means||", "random"])
+def test_quality_is_that_of_lloyd_with_random_starts(init):
+    X = clustered(6, 3000, 16, n_centres=40, spread=0.5)
+    got = fit(ArrayBlocks(X, hashes_of(3000)), 40, init=init, n_init=3)
+    rng = np.random.default_rng(0)
+    best = min(lloyd(X, X[rng.choice(3000, 40, replace=False)], 50, 1e-4)[1] for _ in range(3))
+    assert got.inertia <= best * 1.01
+
+
+def test_separated_clusters_are_found_by_scalable_init():
+    X = clustered(7, 2000, 32, n_centres=30, spread=0.02)
+    got = fit(ArrayBlocks(X, hashes_of(2000)), 30)
+    assert got.counts.min() > 20
+    assert got.mean_cosine > 0.999
+
+
+def test_the_result_describes_itself():
+    X = clustered(8, 500, 6)
+    got = fit(ArrayBlocks(X, hashes_of(500)), 9)
+    label, square = nearest(X, got.centroids)
+    np.testing.assert_array_equal(got.counts, np.bincount(label, minlength=9))
+    assert got.inertia == pytest.approx(square.sum(), rel=1e-12)
+    cosine = (X * got.centroids[label]).sum(axis=1) / np.linalg.norm(got.centroids[label], axis=1)
+    assert got.mean_cosine == pytest.approx(cosine.mean(), abs=1e-6)
+    assert (got.n_rows, got.centroids.dtype, got.centroids.shape) == (500, np.float32, (9, 6))
+
+
+def test_empty_clusters_are_moved_to_the_farthest_distinct_rows():
+    X = clustered(9, 300, 4)
+    distance = exact_distances(X, X[:1])[:, 0]
+    farthest = np.argsort(-distance)[:4]
+    X[100:120] = X[farthest[0]]
+    distance = exact_distances(X, X[:1])[:, 0]
+    farthest = [k for k in np.argsort(-distance, kind="stable") if not 100 < k < 120 and k != farthest[0]][:4]
+    start = np.repeat(X[:1], 5, axis=0)
+    one = fit(ArrayBlocks(X, hashes_of(300)), 5, init=start, max_iter=1)
+    np.testing.assert_array_equal(one.centroids[1:], X[farthest])
+    assert (fit(ArrayBlocks(X, hashes_of(300)), 5, init=start).counts > 0).all()
+
+
+@pytest.mark.parametrize("init", ["k-means||", "random"])
+def test_surplus_clusters_stay_empty_and_attract_nothing(init):
+    X = np.eye(4, dtype=np.float32)[np.arange(60) % 4]
+    got = fit(ArrayBlocks(X, hashes_of(60)), 10, init=init)
+    assert sorted(got.counts.tolist()) == [0] * 6 + [15] * 4
+    assert got.inertia == 0
+    assert got.mean_cosine == 1
+    assert {tuple(c) for c in got.centroids.tolist()} == {tuple(c) for c in np.eye(4).tolist()}
+    assert got.n_iter < 20
+
+
+def test_more_runs_are_never_worse():
+    X = clustered(10, 600, 8, n_centres=30)
+    one, five = (fit(ArrayBlocks(X, hashes_of(600)), 30, init="random", n_init=k) for k in (1, 5))
+    assert five.inertia <= one.inertia
+
+
+def test_as_many_clusters_as_rows():
+    X = clustered(11, 50, 3)
+    for init in ("random", "k-means||"):
+        got = fit(ArrayBlocks(X, hashes_of(50)), 50, init=init)
+        assert got.counts.tolist() == [1] * 50
+        assert got.inertia < 1e-12
+
+
+def test_plus_plus_draws_in_proportion_to_weight_and_squared_distance():
+    """Four points on a line, 0 1 3 7: the chance of every pair can be written down."""
+    candidates = np.array([[0], [1], [3], [7]], np.float32)
+    weight = np.array([4, 2, 1, 1])
+    pairs = np.zeros((4, 4))
+    for seed in range(4000):
+        a, b = plus_plus(candidates, weight, 2, seed)[:, 0]
+        pairs[[0, 1, 3, 7].index(a), [0, 1, 3, 7].index(b)] += 1 / 4000
+    distance = (candidates - candidates.T) ** 2
+    want = weight * distance
+    want = (weight / 8)[:, None] * want / want.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(pairs, want, atol=0.03)
+
+
+def test_plus_plus_in_batches_covers_separated_groups():
+    rng = np.random.default_rng(12)
+    groups = rng.standard_normal((300, 20)).astype(np.float32)
+    candidates = np.repeat(groups, 5, axis=0) + 1e-5 * rng.standard_normal((1500, 20)).astype(np.float32)
+    chosen = plus_plus(candidates, np.ones(1500, np.int64), 300, 1)
+    assert len(set(nearest(chosen, groups)[0].tolist())) == 300
+
+
+def test_plus_plus_returns_no_row_twice_and_none_without_weight():
+    candidates = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0)
+    weight = np.repeat([1, 2, 0], 4)
+    assert len(plus_plus(candidates, weight, 9, 0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_clusters": 0}, "n_clusters"),
+        ({"n_clusters": 11}, "only 10 rows"),
+        ({"n_clusters": 2, "init": "best"}, "init"),
+        ({"n_clusters": 2, "init": np.zeros((3, 3), np.float32)}, "shape"),
+        ({"n_clusters": 1, "init": np.full((1, 3), np.nan, np.float32)}, "finite"),
+        ({"n_clusters": 2, "max_iter": 0}, "max_iter"),
+        ({"n_clusters": 2, "tol": -1.0}, "tol"),
+        ({"n_clusters": 2, "n_init": 0}, "n_init"),
+        ({"n_clusters": 2, "oversampling_factor": 0.0}, "oversampling_factor"),
+    ],
+)
+def test_senseless_parameters_are_refused(arguments, message):
+    with pytest.raises(ParameterError, match=message):
+        fit(ArrayBlocks(clustered(0, 10, 3), hashes_of(10)), **arguments)
+
+
+def test_rows_that_are_not_unit_vectors_are_refused():
+    with pytest.raises(ParameterError, match="unit length"):
+        fit(ArrayBlocks(np.ones((5, 3), np.float32), hashes_of(5)), 2)

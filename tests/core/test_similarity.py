@@ -1,0 +1,314 @@
+"""`match_ranked` against brute force in float64."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from untwin.core import similarity
+from untwin.core.similarity import (
+    EPS_GRID,
+    Matches,
+    RankedArray,
+    is_duplicate,
+    match_ranked,
+    memory_stores,
+    score_counts,
+    threshold,
+)
+from untwin.core.vectors import normalize, product_error, rowwise_dot
+from untwin.errors import ParameterError
+
+
+def exact_cosines(X):
+    """All fixed-order float64 similarities, (n, n)."""
+    n = len(X)
+    i, j = np.indices((n, n)).reshape(2, -1)
+    square = rowwise_dot(X, X)
+    return np.minimum(rowwise_dot(X[i], X[j]) / np.sqrt(square[i] * square[j]), 1).reshape(n, n)
+
+
+def brute_force(X, eps, compare_to):
+    """The definition, one row at a time."""
+    n, C = len(X), exact_cosines(X)
+    score, match = np.zeros(n, np.float32), np.zeros(n, np.int64)
+    kept_score, kept_match = np.full(n, np.nan, np.float32), np.full(n, -1)
+    duplicate = np.zeros(n, bool)
+    for i in range(1, n):
+        match[i] = np.argmax(C[i, :i])
+        score[i] = C[i, match[i]]
+        if eps is None:
+            continue
+        kept = np.flatnonzero(~duplicate[:i])
+        witness = kept[np.argmax(C[i, kept])]
+        close = np.float32(C[i, witness]) >= threshold(eps)
+        duplicate[i] = close if compare_to == "kept" else score[i] >= threshold(eps)
+        if duplicate[i] and close:
+            kept_match[i], kept_score[i] = witness, C[i, witness]
+    if eps is None:
+        return Matches(score, match, None, None, None)
+    return Matches(score, match, kept_score, kept_match, duplicate)
+
+
+def assert_same(got, want):
+    for name in ("score", "match", "kept_score", "kept_match", "duplicate"):
+        a, b = getattr(got, name), getattr(want, name)
+        if b is None:
+            assert a is None
+        else:
+            assert a.dtype == b.dtype, name
+            np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def clustered(rng, n, dim, *, spread=0.1):
+    """Unit rows full of near-ties: groups, rows a few units in the last place apart, and identical rows."""
+    centres = rng.standard_normal((max(2, n // 12), dim))
+    X = centres[rng.integers(0, len(centres), n)]
+    X += spread * rng.random((n, 1)) * rng.standard_normal((n, dim))
+    X, _ = normalize(X)
+    for source, target in rng.integers(0, n, (n // 4, 2)):
+        X[target] = X[source]
+    for source, target in rng.integers(0, n, (n // 4, 2)):
+        X[target] = X[source]
+        X[target, rng.integers(dim)] *= np.float32(1 + 2.0**-22)
+    return X
+
+
+class Recorded:
+    """Stores that keep every appended piece by itself, as files would."""
+
+    def __init__(self):
+        self.pieces = []
+
+    def append(self, X, positions):
+        self.pieces.append((X.copy(), positions.copy()))
+
+    def tiles(self, max_rows):
+        for X, positions in self.pieces:
+            for start in range(0, len(X), max_rows):
+                yield X[start : start + max_rows], positions[start : start + max_rows]
+
+
+@pytest.mark.parametrize("batch_size", range(1, 7))
+def test_worked_example(batch_size):
+    rows = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [1, 2, 3], [1, 2, 3]]
+    X, _ = normalize(np.array(rows, np.float32))
+    got = match_ranked(RankedArray(X), eps=None, batch_size=batch_size)
+    np.testing.assert_allclose(got.score, [0, 0.974631, 0.998190, 0.999618, 1, 1], atol=1e-6)
+    assert got.match.tolist() == [0, 0, 1, 2, 0, 0]
+    assert got.score[4] == got.score[5] == 1
+    assert got.duplicate is None
+
+
+def test_a_chain_is_removed_whole_under_ranked_and_every_other_row_kept_under_kept():
+    angles = np.arange(6) * 0.2
+    X, _ = normalize(np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    eps = 1 - np.cos(0.25)
+    ranked = match_ranked(RankedArray(X), eps=eps, compare_to="ranked")
+    kept = match_ranked(RankedArray(X), eps=eps, compare_to="kept")
+    assert np.flatnonzero(~ranked.duplicate).tolist() == [0]
+    assert np.flatnonzero(~kept.duplicate).tolist() == [0, 2, 4]
+    assert ranked.kept_match.tolist() == [-1, 0, -1, -1, -1, -1]
+    assert kept.kept_match.tolist() == [-1, 0, -1, 2, -1, 4]
+    np.testing.assert_array_equal(ranked.score, kept.score)
+
+
+@pytest.mark.parametrize("compare_to", ["kept", "ranked"])
+@pytest.mark.parametrize(("dim", "n"), [(1, 40), (2, 150), (3, 150), (17, 300), (384, 150), (1024, 60)])
+def test_equals_brute_force_for_every_eps_batch_size_and_executor(dim, n, compare_to):
+    rng = np.random.default_rng(dim)
+    X = clustered(rng, n, dim)
+    with ThreadPoolExecutor(3) as pool:
+        for eps in (None, 1e-7, 0.001, 0.01, 0.1, 0.3):
+            want = brute_force(X, eps, compare_to)
+            for batch_size, run in ((1, None), (7, pool.map), (64, None), (1024, pool.map)):
+                got = match_ranked(
+                    RankedArray(X), eps=eps, compare_to=compare_to, batch_size=batch_size, executor_map=run
+                )
+                assert_same(got, want)
+
+
+@pytest.mark.parametrize("compare_to", ["kept", "ranked"])
+@pytest.mark.parametrize(("n", "dim", "spread"), [(900, 24, 0.1), (700, 8, 1e-6), (800, 2, 1.0)])
+def test_equals_brute_force_across_squares_and_stores(n, dim, spread, compare_to):
+    X = clustered(np.random.default_rng(n), n, dim, spread=spread)
+    for eps in (0.001, 0.05):
+        want = brute_force(X, eps, compare_to)
+        for batch_size in (100, 300, 2000):
+            assert_same(
+                match_ranked(RankedArray(X), eps=eps, compare_to=compare_to, batch_size=batch_size), want
+            )
+
+
+def test_small_matrix_tiles_change_nothing(monkeypatch):
+    X = clustered(np.random.default_rng(5), 300, 12)
+    want = brute_force(X, 0.05, "kept")
+    for side, columns, read in ((1, 3, 7), (16, 5, 5), (33, 64, 100)):
+        monkeypatch.setattr(similarity, "_SLICE_ROWS", side)
+        monkeypatch.setattr(similarity, "_TILE_COLUMNS", columns)
+        monkeypatch.setattr(similarity, "_READ_ROWS", read)
+        assert_same(match_ranked(RankedArray(X), eps=0.05, batch_size=50), want)
+
+
+def test_products_with_the_largest_allowed_error_change_nothing(monkeypatch):
+    """Any BLAS will do: every product is disturbed by almost as much as the bound allows."""
+    rng = np.random.default_rng(6)
+    X = clustered(rng, 200, 64, spread=0.02)
+    margin = product_error(64) - 3 * 2.0**-24
+    monkeypatch.setattr(similarity, "_TILE_COLUMNS", 50)
+    original = similarity._Best.offer
+    original_neighbours = similarity._Resolver._neighbours
+
+    def disturb(products, left, right):
+        exact = rowwise_dot(np.repeat(left.X, len(right), axis=0), np.tile(right.X, (len(left), 1))).reshape(
+            products.shape
+        )
+        return np.where(products < -3, products, exact + margin * rng.choice([-1, 1], products.shape)).astype(
+            np.float32
+        )
+
+    monkeypatch.setattr(
+        similarity._Best,
+        "offer",
+        lambda self, products, left, right, floor=None: original(
+            self, disturb(products, left, right), left, right, floor
+        ),
+    )
+    monkeypatch.setattr(
+        similarity._Resolver,
+        "_neighbours",
+        lambda self, products, square: original_neighbours(self, disturb(products, square, square), square),
+    )
+    for compare_to in ("kept", "ranked"):
+        for eps in (0.001, 0.01, 0.1):
+            got = match_ranked(RankedArray(X), eps=eps, compare_to=compare_to, batch_size=70)
+            assert_same(got, brute_force(X, eps, compare_to))
+
+
+@given(
+    points=st.lists(st.sampled_from(range(24)), min_size=1, max_size=40),
+    eps=st.sampled_from([1e-6, 0.005, 0.0340741737, 0.1, 0.3]),
+    compare_to=st.sampled_from(["kept", "ranked"]),
+    batch_size=st.integers(1, 41),
+)
+def test_points_on_a_circle_with_ties_everywhere_equal_brute_force(points, eps, compare_to, batch_size):
+    angles = np.array(points) * np.pi / 12
+    X, _ = normalize(np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    got = match_ranked(RankedArray(X), eps=eps, compare_to=compare_to, batch_size=batch_size)
+    assert_same(got, brute_force(X, eps, compare_to))
+
+
+def test_rows_that_differ_by_less_than_float64_resolves_tie_with_identical_ones():
+    X = np.zeros((6, 3), np.float32)
+    X[:, 0] = 1
+    X[1:, 1] = [1e-30, 0, 1e-30, 2e-30, 0]
+    for compare_to in ("kept", "ranked"):
+        got = match_ranked(RankedArray(X), eps=0.1, compare_to=compare_to)
+        assert_same(got, brute_force(X, 0.1, compare_to))
+        assert got.match.tolist() == [0] * 6
+        assert got.score.tolist() == [0, 1, 1, 1, 1, 1]
+
+
+def test_a_copy_of_a_removed_row_finds_the_kept_row_between_them():
+    def at(degrees):
+        return [np.cos(np.radians(degrees)), np.sin(np.radians(degrees))]
+
+    # 12 is removed for 0; 22 is kept (too far from 0) and closer to 12 than 0 is.
+    X, _ = normalize(np.array([at(0), at(12), at(22), at(12), at(12)]))
+    got = match_ranked(RankedArray(X), eps=float(1 - np.cos(np.radians(15))), compare_to="kept")
+    assert got.duplicate.tolist() == [False, True, False, True, True]
+    assert got.kept_match.tolist() == [-1, 0, -1, 2, 2]
+    assert got.match.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_a_hundred_thousand_identical_rows_take_no_time():
+    X, _ = normalize(np.random.default_rng(1).standard_normal((3, 8)))
+    got = match_ranked(RankedArray(X, np.arange(100_000) % 3), eps=0.01)
+    assert got.match[3:].tolist() == [k % 3 for k in range(3, 100_000)]
+    assert (got.score[3:] == 1).all()
+    assert np.count_nonzero(got.duplicate) == 100_000 - 3
+
+
+def test_rows_are_taken_in_the_given_order():
+    rng = np.random.default_rng(2)
+    X, order = clustered(rng, 80, 5), rng.permutation(80)
+    assert_same(match_ranked(RankedArray(X, order), eps=0.02), match_ranked(RankedArray(X[order]), eps=0.02))
+
+
+@pytest.mark.parametrize("compare_to", ["kept", "ranked"])
+def test_stores_from_outside_give_the_same_answer(compare_to):
+    X = clustered(np.random.default_rng(3), 400, 6)
+    want = match_ranked(RankedArray(X), eps=0.02, compare_to=compare_to)
+    got = match_ranked(
+        RankedArray(X),
+        eps=0.02,
+        compare_to=compare_to,
+        batch_size=37,
+        store_factory=lambda n, dim: (Recorded(), Recorded()),
+    )
+    assert_same(got, want)
+
+
+def test_memory_stores_share_one_buffer_without_overlap():
+    kept, removed = memory_stores(5, 2)
+    rows = np.arange(10, dtype=np.float32).reshape(5, 2)
+    kept.append(rows[:2], np.array([0, 1]))
+    removed.append(rows[2:3], np.array([2]))
+    kept.append(rows[3:4], np.array([3]))
+    removed.append(rows[4:], np.array([4]))
+    for store, want in ((kept, {0, 1, 3}), (removed, {2, 4})):
+        found = [(k, row) for X, positions in store.tiles(1) for k, row in zip(positions, X, strict=True)]
+        assert {int(k) for k, _ in found} == want
+        assert all((row == rows[k]).all() for k, row in found)
+
+
+def test_opposite_rows_score_minus_one_and_one_row_scores_zero():
+    X = np.array([[1, 0], [-1, 0]], np.float32)
+    assert match_ranked(RankedArray(X), eps=0.1).score.tolist() == [0, -1]
+    one = match_ranked(RankedArray(X[:1]), eps=0.1)
+    assert (one.score.tolist(), one.match.tolist(), one.duplicate.tolist()) == ([0], [0], [False])
+    assert len(match_ranked(RankedArray(X[:0]), eps=0.1).score) == 0
+
+
+def test_the_threshold_is_compared_in_float32():
+    assert threshold(0.1) == np.float32(0.9)
+    edge = threshold(0.1)
+    assert is_duplicate([edge, np.nextafter(edge, np.float32(0)), np.nan], 0.1).tolist() == [
+        True,
+        False,
+        False,
+    ]
+    assert is_duplicate(np.float64(edge) - 1e-12, 0.1)
+
+
+def test_score_counts_are_those_of_ranked_duplicates():
+    X = clustered(np.random.default_rng(4), 300, 6)
+    score = match_ranked(RankedArray(X), eps=None).score
+    counts = score_counts(score)
+    assert len(counts) == len(EPS_GRID) == 14
+    for eps, count in zip(EPS_GRID, counts, strict=True):
+        ranked = match_ranked(RankedArray(X), eps=eps, compare_to="ranked")
+        assert np.count_nonzero(ranked.duplicate) == count
+        kept = match_ranked(RankedArray(X), eps=eps, compare_to="kept")
+        assert np.count_nonzero(kept.duplicate) <= count
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eps": 0.0}, "eps"),
+        ({"eps": 1.0}, "eps"),
+        ({"eps": 0.1, "compare_to": "all"}, "compare_to"),
+        ({"eps": 0.1, "batch_size": 0}, "batch_size"),
+    ],
+)
+def test_senseless_parameters_are_refused(arguments, message):
+    with pytest.raises(ParameterError, match=message):
+        match_ranked(RankedArray(np.eye(2, dtype=np.float32)), **arguments)
+
+
+def test_rows_that_are_not_unit_vectors_are_refused():
+    with pytest.raises(ParameterError, match="unit length"):
+        match_ranked(RankedArray(np.full((2, 2), 1, np.float32)), eps=0.1)
