@@ -63,9 +63,7 @@ def share_with_a_neighbour(table: pa.Table, similarity: float) -> float:
 
 def main() -> int:
     """Read the folder, choose, write the file, and print what is in it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source_folder", type=Path, help="folder of Parquet files to choose from")
     parser.add_argument("output_file", type=Path, help="Parquet file to write")
     parser.add_argument("--rows", type=int, default=_ROWS_AT_MOST, help="at most so many rows (%(default)s)")
@@ -78,9 +76,7 @@ def main() -> int:
     table = choose(pa.concat_tables([pq.read_table(file) for file in files]), arguments.rows)
     # Vectors have no repeated values to gain from, so a dictionary only costs space.
     dictionary = [name for name in table.column_names if name != "embedding"]
-    pq.write_table(
-        table, arguments.output_file, compression="zstd", compression_level=19, use_dictionary=dictionary
-    )
+    pq.write_table(table, arguments.output_file, compression="zstd", compression_level=19, use_dictionary=dictionary)
     size = arguments.output_file.stat().st_size
     print(f"{arguments.output_file}: {table.num_rows:,} rows, {size:,} bytes")
     print(f"sources: {len(pc.unique(table['source'])):,}")

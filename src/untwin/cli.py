@@ -73,11 +73,23 @@ def _what_is_left(kwargs: dict[str, Any]) -> str:
 
 
 _shared = [
-    click.option("--memory", metavar="SIZE", help="Memory for the data, as in 4GB. [default: 4GiB, at most half of all]"),
-    click.option("--workers", type=int, metavar="N", help="Threads. [default: all cores]"),
-    click.option("--backend", type=click.Choice(["local"]), default="local", show_default=True, help="Where the work runs."),
     click.option(
-        "--storage-options", metavar="JSON|@FILE", help="fsspec options, as JSON or in a file. [default: environment]"
+        "--memory",
+        metavar="SIZE",
+        help="Memory for the data, as in 4GB. [default: 4GiB, at most half of all]",
+    ),
+    click.option("--workers", type=int, metavar="N", help="Threads. [default: all cores]"),
+    click.option(
+        "--backend",
+        type=click.Choice(["local"]),
+        default="local",
+        show_default=True,
+        help="Where the work runs.",
+    ),
+    click.option(
+        "--storage-options",
+        metavar="JSON|@FILE",
+        help="fsspec options, as JSON or in a file. [default: environment]",
     ),
     click.option("--json", "as_json", is_flag=True, help="Print run.json to stdout, and nothing else there."),
     click.option("-v", "--verbose", is_flag=True, help="Say more, on stderr."),
@@ -96,7 +108,11 @@ def _shared_options(command: F) -> F:
 @click.option("--n-clusters", default="auto", show_default=True, metavar="auto|N", help="Number of k-means clusters.")
 @click.option("--id-field", default="id", show_default=True, metavar="COLUMN", help="Column of ids.")
 @click.option(
-    "--embedding-field", default="embedding", show_default=True, metavar="COLUMN", help="Column of embeddings."
+    "--embedding-field",
+    default="embedding",
+    show_default=True,
+    metavar="COLUMN",
+    help="Column of embeddings.",
 )
 @click.option("--metadata-fields", default="", metavar="A,B", help="Columns to carry into kmeans/.")
 @click.option(
@@ -106,7 +122,9 @@ def _shared_options(command: F) -> F:
     show_default=True,
     help="Prefer outliers, central rows, or none.",
 )
-@click.option("--rank-by", metavar="COLUMN:asc|desc,...", help="Prefer by columns, as in duration:desc,size_bytes:desc.")
+@click.option(
+    "--rank-by", metavar="COLUMN:asc|desc,...", help="Prefer by columns, as in duration:desc,size_bytes:desc."
+)
 @click.option(
     "--compare-to",
     type=click.Choice(["kept", "ranked"]),
@@ -118,7 +136,10 @@ def _shared_options(command: F) -> F:
 @click.option("--embedding-dim", type=int, metavar="D", help="Wanted length of embeddings. [default: the commonest]")
 @click.option("--seed", type=int, default=42, show_default=True, help="Seed of everything random.")
 @click.option(
-    "--input-filetype", type=click.Choice(["parquet", "jsonl", "npy"]), default="parquet", show_default=True,
+    "--input-filetype",
+    type=click.Choice(["parquet", "jsonl", "npy"]),
+    default="parquet",
+    show_default=True,
     help="Format of the input.",
 )
 @click.option(
@@ -188,9 +209,16 @@ def run(
 
 @main.command()
 @click.argument("output")
-@click.option("--eps", type=float, required=True, help="Remove a row whose similarity to a kept row is at least 1 - EPS.")
+@click.option(
+    "--eps",
+    type=float,
+    required=True,
+    help="Remove a row whose similarity to a kept row is at least 1 - EPS.",
+)
 @click.option("--to", metavar="FOLDER", help="Where the answer goes. [default: OUTPUT/eps=EPS/]")
-@click.option("--kept", type=click.Choice(["compact", "mirror", "none"]), help="As in run. [default: as the run had it]")
+@click.option(
+    "--kept", type=click.Choice(["compact", "mirror", "none"]), help="As in run. [default: as the run had it]"
+)
 @_shared_options
 @_reports_errors
 def apply(
@@ -243,9 +271,9 @@ def _storage_options(text: str | None) -> dict[str, Any]:
     try:
         options = json.loads(content)
     except ValueError:
-        raise ParameterError("--storage-options is not JSON; give an object such as {\"anon\": true}") from None
+        raise ParameterError('--storage-options is not JSON; give an object such as {"anon": true}') from None
     if not isinstance(options, dict):
-        raise ParameterError("--storage-options is not a JSON object; give one such as {\"anon\": true}")
+        raise ParameterError('--storage-options is not a JSON object; give one such as {"anon": true}')
     return options
 
 
@@ -296,7 +324,7 @@ class _Bars:
 
     def finish(self) -> None:
         task = next(task for task in self._bars.tasks if task.id == self._task)
-        if task.completed and task.completed >= task.total or task.total == 1:
+        if (task.completed and task.completed >= task.total) or task.total == 1:
             self._bars.update(self._task, completed=task.total)
         self._bars.stop_task(self._task)
 
@@ -313,7 +341,11 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
         "",
         f"rows        {result.n_rows:>14,}",
         *([f"kept        {result.n_kept:>14,}"] if result.eps is not None else []),
-        *([f"duplicates  {result.n_duplicates:>14,}  ({result.duplicate_share:.1%})"] if result.eps is not None else []),
+        *(
+            [f"duplicates  {result.n_duplicates:>14,}  ({result.duplicate_share:.1%})"]
+            if result.eps is not None
+            else []
+        ),
         f"rejected    {result.n_rejected:>14,}",
         *[f"  {reason}: {count:,}" for reason, count in rows["rejected_reasons"].items()],
         f"time        {result.seconds:>12,.1f} s   peak memory {result.peak_memory / 1e6:,.0f} MB",
@@ -331,8 +363,7 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
     if result.eps is None:
         lines += [
             "No threshold was given, so nothing was removed. Look at the pairs above: each line shows pairs that",
-            "this value of eps adds. Choose a value, then: "
-            f"untwin apply {result.output_path} --eps VALUE",
+            f"this value of eps adds. Choose a value, then: untwin apply {result.output_path} --eps VALUE",
         ]
     else:
         lines += [f"The rows that stay: {result.kept_path}"] if result.run["parameters"]["kept"] != "none" else []

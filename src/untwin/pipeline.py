@@ -17,7 +17,10 @@ class Pipeline:
     """
 
     def __init__(
-        self, name: str = "untwin", description: str | None = None, stages: list[Stage | CompositeStage] | None = None
+        self,
+        name: str = "untwin",
+        description: str | None = None,
+        stages: list[Stage | CompositeStage] | None = None,
     ) -> None:
         self.name = name
         self.description = description
@@ -49,6 +52,8 @@ class Pipeline:
 
             executor = LocalExecutor()
         flat: list[Stage] = []
-        for stage in self.stages:
-            flat.extend(stage.stages() if isinstance(stage, CompositeStage) else [stage])
+        for step in self.stages:
+            flat.extend(step.stages() if isinstance(step, CompositeStage) else [step])
+        for index, stage in enumerate(flat):
+            stage.check(flat[:index])
         return executor.execute(flat, progress)

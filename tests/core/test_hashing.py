@@ -118,9 +118,7 @@ def test_minus_zero_hashes_like_zero():
 def test_rows_that_differ_in_signs_or_in_order_differ():
     n = 4096
     signs = ((np.arange(n)[:, None] >> np.arange(12)) & 1) * 2 - 1
-    rows = np.concatenate([np.repeat(signs, 2, axis=1), np.roll(np.eye(24), 1, axis=1) * 0.5]).astype(
-        np.float32
-    )
+    rows = np.concatenate([np.repeat(signs, 2, axis=1), np.roll(np.eye(24), 1, axis=1) * 0.5]).astype(np.float32)
     assert len(set(hash_rows(rows, 0).tolist())) == n + 24
 
 

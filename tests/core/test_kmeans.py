@@ -112,9 +112,7 @@ def test_fit_has_the_same_bits_for_any_order_partition_and_threads(init):
             order = rng.permutation(1000)
             cuts = rng.integers(0, 1000, 7).tolist()
             run = pool.map if attempt % 2 else map
-            assert_same(
-                fit(Ragged(X, hashes, order, [*cuts, cuts[0]]), 25, executor_map=run, **arguments), want
-            )
+            assert_same(fit(Ragged(X, hashes, order, [*cuts, cuts[0]]), 25, executor_map=run, **arguments), want)
     other = fit(ArrayBlocks(X, hashes), 25, **{**arguments, "seed": 4})
     assert init == "array" or other.centroids.tobytes() != want.centroids.tobytes()
 

@@ -137,9 +137,7 @@ def test_equals_brute_force_across_squares_and_stores(n, dim, spread, compare_to
     for eps in (0.001, 0.05):
         want = brute_force(X, eps, compare_to)
         for batch_size in (100, 300, 2000):
-            assert_same(
-                match_ranked(RankedArray(X), eps=eps, compare_to=compare_to, batch_size=batch_size), want
-            )
+            assert_same(match_ranked(RankedArray(X), eps=eps, compare_to=compare_to, batch_size=batch_size), want)
 
 
 def test_small_matrix_tiles_change_nothing(monkeypatch):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pyarrow as pa
 from threadpoolctl import threadpool_limits
@@ -18,6 +19,7 @@ from untwin.errors import ParameterError, ResourceError
 from untwin.stages.base import Context, Stage, Task, Upstream
 
 _DEFAULT_MEMORY = 4 << 30
+_log = logging.getLogger("untwin")
 
 
 def default_workers() -> int:
@@ -60,7 +62,11 @@ class LocalExecutor(Executor):
         upstream = Upstream()
         results: dict[str, tuple[Task, ...]] = {}
         reports: list[StageReport] = []
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(self.workers, "untwin") as pool:
+        with (
+            _system_allocator(),
+            threadpool_limits(1, user_api="blas"),
+            ThreadPoolExecutor(self.workers, "untwin") as pool,
+        ):
             for chain in segments(stages):
                 started = time.perf_counter()
                 units = chain[0].units(upstream)
@@ -77,9 +83,10 @@ class LocalExecutor(Executor):
                     done = tuple(sorted(run.results[index], key=lambda task: task.unit))
                     results[stage.name] = done
                     upstream = Upstream((*upstream.stages, done))
-                    reports.append(
-                        StageReport(stage.name, len(done), sum(u.n_rows for u in units), seconds * run.share(index))
-                    )
+                    n_rows = sum(unit.n_rows for unit in units)
+                    reports.append(StageReport(stage.name, len(done), n_rows, seconds * run.share(index)))
+                    if stage.verbose:
+                        _log.info("%s: %d units, %d rows, %.2f s", stage.name, len(done), n_rows, reports[-1].seconds)
         return Outcome(results, tuple(reports))
 
     def _run_units(self, run: _Chain, units: Sequence[Task], pool: ThreadPoolExecutor, progress: Progress) -> None:
@@ -162,19 +169,28 @@ class _Chain:
 
 
 def _memory_trimmer() -> Callable[[], None]:
-    """Gives memory that allocators hold on to back to the system, so that the budget is about what is in use."""
-    pool = pa.default_memory_pool()
+    """Gives memory that the C library holds on to back to the system, so that the budget is about what is in use."""
     trim: Callable[[int], int] | None = None
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):
             trim = ctypes.CDLL(None).malloc_trim
 
     def give_back() -> None:
-        pool.release_unused()
         if trim is not None:
             trim(0)
 
     return give_back
+
+
+@contextmanager
+def _system_allocator() -> Iterator[None]:
+    """Let Arrow take its memory from the C library: its own allocators keep what other threads have freed."""
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
 
 
 def _megabytes(size: int) -> str:

@@ -36,9 +36,7 @@ def hash_integers(values: npt.NDArray[Any], seed: int) -> npt.NDArray[np.uint64]
     return out
 
 
-def hash_bytes(
-    data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], seed: int
-) -> npt.NDArray[np.uint64]:
+def hash_bytes(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.uint64]:
     """Hash the byte strings `data[offsets[k]:offsets[k + 1]]`.
 
     Parameters
@@ -50,7 +48,7 @@ def hash_bytes(
     seed
         Another seed gives another, independent hash.
 
-    Returns
+    Returns:
     -------
     (n,) uint64.
 

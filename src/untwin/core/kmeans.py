@@ -87,7 +87,7 @@ class ArrayBlocks:
 class KMeansResult:
     """A fitted k-means.
 
-    Attributes
+    Attributes:
     ----------
     centroids
         (K, D) float32, not normalised. A cluster that is empty at the end (always so for the surplus if there
@@ -120,9 +120,7 @@ class NearestCentroid:
         centroids = np.ascontiguousarray(centroids, dtype=np.float32)
         # Identical centroids would tie for every row: only the first of them can win.
         _, first, group = np.unique(hash_rows(centroids, 0), return_index=True, return_inverse=True)
-        copy = (first[group] != np.arange(len(centroids))) & (centroids == centroids[first[group]]).all(
-            axis=1
-        )
+        copy = (first[group] != np.arange(len(centroids))) & (centroids == centroids[first[group]]).all(axis=1)
         self._index = np.flatnonzero(~copy).astype(np.int32)
         self._centroids = centroids if not copy.any() else centroids[self._index]
         squares = rowwise_dot(self._centroids, self._centroids)
@@ -188,7 +186,7 @@ def nearest(X: Float32, centroids: Float32) -> tuple[Int32, Float64]:
     centroids
         (K, D) float32, of any norm.
 
-    Returns
+    Returns:
     -------
     labels
         (n,) int32; ties go to the lowest index.
@@ -238,7 +236,7 @@ def fit(
     executor_map
         Map-like callable for the blocks, for instance `ThreadPoolExecutor.map`.
 
-    Raises
+    Raises:
     ------
     ParameterError
         If a parameter makes no sense, or there are fewer rows than clusters.
@@ -504,7 +502,7 @@ def plus_plus(candidates: Float32, weight: Int64, count: int, seed: int) -> Floa
     seed
         Any integer.
 
-    Returns
+    Returns:
     -------
     (k, D) float32, k <= count.
 

@@ -35,8 +35,8 @@ _SLICE_ROWS = 256
 """Rows of one matrix product, and the side of the diagonal squares that are resolved in rank order."""
 _TILE_COLUMNS = 1024
 """Columns of one matrix product: 256 x 1024 float32 results are 1 MB, about a core's L2 cache."""
-_READ_ROWS = 4096
-"""Rows that are asked from a store at a time."""
+_READ_BYTES = 16 << 20
+"""Bytes of rows that are asked from a store at a time, about."""
 _NOTHING = -2.0
 """Less than any cosine: no match yet."""
 _MASKED = np.float32(-4.0)
@@ -129,7 +129,7 @@ def memory_stores(n: int, dim: int) -> tuple[RowStore, RowStore]:
 class Matches:
     """What `match_ranked` found; all arrays are (n,) in rank order, and positions are ranks.
 
-    Attributes
+    Attributes:
     ----------
     score
         float32, similarity to the most similar better-ranked row, at most 1; 0 for the first row.
@@ -219,7 +219,7 @@ def match_ranked(
     store_factory
         Makes the stores of judged rows; in memory (a copy of all rows) if None.
 
-    Raises
+    Raises:
     ------
     ParameterError
         If a parameter makes no sense, or rows are not of unit length.
@@ -368,7 +368,7 @@ class _Resolver:
                 part.offer(left.X @ right.X.T, left, right, None if floor is None else floor[rows])
 
         def compare_all(best: _Best, store: RowStore, floor: Float64 | None) -> None:
-            for X, position in store.tiles(_READ_ROWS):
+            for X, position in store.tiles(max(_TILE_COLUMNS, _READ_BYTES // (4 * self.dim))):
                 tile = _Rows(X, self.square[position], position)
                 list(self.executor_map(partial(compare, best, tile=tile, floor=floor), slices))
 
@@ -402,9 +402,7 @@ class _Resolver:
         near = self._neighbours(products, square)
         if self.compare_to == "ranked":
             found = np.maximum(over_kept.value, over_removed.value)
-            duplicate = (found.astype(np.float32) >= self.limit) | (
-                near.any(axis=1) if near is not None else False
-            )
+            duplicate = (found.astype(np.float32) >= self.limit) | (near.any(axis=1) if near is not None else False)
         else:
             duplicate = over_kept.value.astype(np.float32) >= self.limit
             if near is not None:
@@ -468,9 +466,7 @@ class _Resolver:
                     between = (right.position > at[:, None]) & (right.position < until[:, None])
                     i, j = np.nonzero((products >= least[:, None]) & between)
                     value = _pair_cosine(left, i, right, j)
-                    self._improve(
-                        copies[mine], np.searchsorted(at, origin[mine]), i, right.position[j], value
-                    )
+                    self._improve(copies[mine], np.searchsorted(at, origin[mine]), i, right.position[j], value)
 
     def _improve(
         self,

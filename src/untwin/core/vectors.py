@@ -68,7 +68,7 @@ def rowwise_dot(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.floa
     a, b
         (n, D), C-contiguous, float32 or float64. The product of two float32 values is exact in float64.
 
-    Returns
+    Returns:
     -------
     (n,) float64. The bits of an entry depend on its two rows only: NumPy sums each contiguous row pairwise.
 
@@ -123,7 +123,7 @@ def normalize(
     out
         (n, D) float32 array to write into; a new one if None.
 
-    Returns
+    Returns:
     -------
     unit
         (n, D) float32, `out` if given; a row that has a reason is all zeros.

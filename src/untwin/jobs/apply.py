@@ -25,10 +25,10 @@ from untwin.storage.listing import Listing
 
 
 def apply(
-    output_path: str,
+    output_path: str | os.PathLike[str],
     *,
     eps: float,
-    to: str | None = None,
+    to: str | os.PathLike[str] | None = None,
     kept: str | None = None,
     memory: int | str | None = None,
     workers: int | None = None,
@@ -64,7 +64,10 @@ def apply(
         raise ParameterError(f"{redact(run_folder.path)}: holds no finished run (no run.json); untwin run makes one")
     folder = OutputFolder(storage, normalize_path(os.fspath(to)) if to else run_folder.file(f"eps={eps:g}"))
     parameters = dataclasses.replace(
-        parameters_of(run, storage.options), eps=eps, drop_intermediate=False, kept=kept or run["parameters"]["kept"]
+        parameters_of(run, storage.options),
+        eps=eps,
+        drop_intermediate=False,
+        kept=kept or run["parameters"]["kept"],
     )
     done = _existing(folder, run, parameters.answer())
     if done is not None:
@@ -119,6 +122,7 @@ def apply(
 
 def _existing(folder: OutputFolder, run: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any] | None:
     """The answer that is there already; None if the folder is free."""
+    folder.check_is_folder()
     names = folder.storage.names(folder.path)
     if not names:
         return None

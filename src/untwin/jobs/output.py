@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from untwin.errors import OutputExistsError
-from untwin.storage.files import Storage, join, redact
+from untwin.storage.files import Storage, is_remote, join, redact
 from untwin.storage.listing import Listing
 
 FORMAT_VERSION = 1
@@ -21,7 +21,7 @@ _OURS = re.compile(
     r"pairwise/(?:cluster_\d+\.parquet|_rows/unit-\d+\.npy|_work/.*)|"
     r"duplicates/(?:part-\d+\.parquet|_kept\.bits|_work/.*)|"
     r"rejected/(?:invalid|repeated)-\d+\.parquet|"
-    r"kept/(?:part-\d+(?:-\d+)?\.(?:parquet|jsonl|ndjson)|(?:img_emb|metadata)_\d+\.(?:npy|parquet)|_work/.*)|"
+    r"kept/(?:part-\d+(?:_\d+)?\.(?:parquet|jsonl|ndjson)|(?:img_emb|metadata)_\d+\.(?:npy|parquet)|_work/.*)|"
     rf"(?:[^/]+/)*{_TEMPORARY})"
 )
 
@@ -52,6 +52,14 @@ class OutputFolder:
         """`run.json`: written last."""
         return self.file("run.json")
 
+    def check_is_folder(self) -> None:
+        """Raise OutputExistsError if the path is that of a file, or lies below one."""
+        path = self.path
+        while not self.storage.exists(path) and not is_remote(path):
+            path = posixpath.dirname(path)
+        if self.storage.exists(path) and not self.storage.is_folder(path):
+            raise OutputExistsError(f"{redact(path)}: is a file; the output must be a folder")
+
     def read_run(self) -> dict[str, Any] | None:
         """What a finished run wrote about itself; None if there is none."""
         if not self.storage.exists(self.run_path):
@@ -67,8 +75,6 @@ class OutputFolder:
         """
         names = self.storage.names(self.path)
         if not names:
-            if self.storage.exists(self.path) and not self.storage.is_folder(self.path):
-                raise OutputExistsError(f"{redact(self.path)}: is a file; give a folder")
             return None
         if not self.storage.exists(self.plan_path):
             raise OutputExistsError(
@@ -115,7 +121,12 @@ class OutputFolder:
         mirrored: set[str] = set()
         if self.storage.exists(self.listing_path):
             relative = Listing.read(self.storage, self.listing_path).files["relative"].to_pylist()
-            mirrored = {posixpath.splitext(name)[0] for name in relative}
+            for name in relative:
+                stem = posixpath.splitext(name)[0]
+                mirrored.add(stem)
+                if name.endswith(".npy"):
+                    folder, number = posixpath.dirname(stem), stem.rpartition("_")[2]
+                    mirrored |= {posixpath.join(folder, f"{kind}_{number}") for kind in ("img_emb", "metadata")}
         files = [file.path for file in self.storage.find(self.path)]
         foreign = [path for path in files if not self._is_ours(path[len(self.path) :].strip("/"), mirrored)]
         if foreign:
@@ -136,4 +147,4 @@ class OutputFolder:
         if not match:
             return False
         stem = posixpath.splitext(match.group(1))[0]
-        return stem in mirrored or re.sub(r"-\d+$", "", stem) in mirrored
+        return stem in mirrored or re.sub(r"_\d+$", "", stem) in mirrored

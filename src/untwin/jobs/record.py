@@ -139,7 +139,12 @@ def eps_table(pairs: Sequence[PairsTask], parameters: RunParameters, n_duplicate
 
 
 def run_record(
-    parameters: RunParameters, listing: Listing, outcome: Outcome, *, n_clusters: int, resources: dict[str, Any]
+    parameters: RunParameters,
+    listing: Listing,
+    outcome: Outcome,
+    *,
+    n_clusters: int,
+    resources: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that `run.json` holds."""
     pairs = collect(outcome, PairsTask)
@@ -217,5 +222,6 @@ def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder, re
             f"rejected rows are not the {listing.n_rows} rows of the input; do not use this result, and please report it"
         )
     written = collect(outcome, KeptTask)
-    if written and sum(task.n_kept for task in written) != counts["kept"]:
+    files = [file for task in written for file in task.files]
+    if written and (sum(task.n_kept for task in written) != counts["kept"] or len(set(files)) != len(files)):
         raise ResultMismatchError(f"{redact(folder.path)}: kept/ does not hold the {counts['kept']} rows that stay")

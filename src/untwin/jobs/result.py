@@ -136,7 +136,14 @@ class RunResult:
     def duplicates_of(self, kept_id: object) -> pa.Table:
         """The duplicates that were removed because of one kept row, the most similar first."""
         self._need_eps()
-        condition = pc.field("kept_id") == pc.scalar(kept_id)
+        first = next(name for name in self._storage.names(self.duplicates_path) if name.endswith(".parquet"))
+        with self._storage.open(join(self.duplicates_path, first)) as source:
+            id_type = pq.read_schema(source).field("kept_id").type
+        try:
+            wanted = pa.scalar(kept_id, id_type)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise ParameterError(f"kept_id is {kept_id!r}, but the ids of this run are of type {id_type}") from error
+        condition = pc.field("kept_id") == wanted
         table = pa.concat_tables(list(self._tables(self.duplicates_path, condition)))
         return table.sort_by([("cosine_sim_score", "descending"), ("id", "ascending")])
 

@@ -21,7 +21,7 @@ from untwin.stages.duplicates import IdentifyDuplicatesStage
 from untwin.stages.kmeans import KMeansStage
 from untwin.stages.pairwise import PairwiseStage
 from untwin.stages.removal import RemoveDuplicatesStage
-from untwin.storage.files import Storage, normalize_path, redact
+from untwin.storage.files import Storage, normalize_path, real_path, redact
 from untwin.storage.listing import Fields, Listing, list_inputs
 
 _MAX_ITER = 20
@@ -97,9 +97,7 @@ class PreparedRun:
         stages: list[Any] = [kmeans, pairwise]
         kwargs = {"storage_options": dict(parameters.storage_options)}
         if parameters.eps is not None:
-            stages.append(
-                IdentifyDuplicatesStage(folder.path, parameters.eps, read_kwargs=kwargs, write_kwargs=kwargs)
-            )
+            stages.append(IdentifyDuplicatesStage(folder.path, parameters.eps, read_kwargs=kwargs, write_kwargs=kwargs))
             if parameters.kept != "none":
                 stages.append(removal_stage(parameters, self.listing, folder))
         outcome = Pipeline("untwin run", stages=stages).run(self.executor, progress)
@@ -109,7 +107,11 @@ class PreparedRun:
             self.listing,
             outcome,
             n_clusters=self.plan.n_clusters,
-            resources={"backend": "local", "workers": self.executor.workers, "memory_bytes": self.executor.memory},
+            resources={
+                "backend": "local",
+                "workers": self.executor.workers,
+                "memory_bytes": self.executor.memory,
+            },
         )
         if parameters.drop_intermediate:
             folder.storage.remove(folder.file("kmeans"))
@@ -212,11 +214,17 @@ def prepare(parameters: RunParameters, executor: LocalExecutor, *, overwrite: bo
     """
     storage = Storage(parameters.storage_options)
     folder = OutputFolder(storage, normalize_path(parameters.output))
+    folder.check_is_folder()
+    excluded = [folder.path]
+    target = real_path(folder.path)
     for path in parameters.inputs:
         given = normalize_path(path)
-        if given == folder.path:
+        real = real_path(given)
+        if target.startswith(real.rstrip("/") + "/"):
+            excluded.append(given.rstrip("/") + target[len(real.rstrip("/")) :])
+        if real == target:
             raise OutputExistsError(f"{redact(folder.path)}: is both input and output; choose another output folder")
-        if given.startswith(folder.path.rstrip("/") + "/"):
+        if real.startswith(target.rstrip("/") + "/"):
             raise OutputExistsError(
                 f"{redact(given)}: the input lies inside the output {redact(folder.path)}; choose another output folder"
             )
@@ -225,9 +233,10 @@ def prepare(parameters: RunParameters, executor: LocalExecutor, *, overwrite: bo
         parameters.inputs,
         Fields(parameters.id_field, parameters.embedding_field, parameters.carried_fields),
         filetype=parameters.input_filetype,
-        exclude=[folder.path],
+        exclude=excluded,
         dim=parameters.embedding_dim,
     )
+    parameters.ranking().check_types(dict(zip(parameters.carried_fields, listing.metadata_types, strict=True)))
     plan = make_plan(listing.groups().rows, dim=listing.dim, n_clusters=parameters.n_clusters)
     done = None
     if overwrite:
@@ -244,8 +253,8 @@ def prepare(parameters: RunParameters, executor: LocalExecutor, *, overwrite: bo
 
 
 def deduplicate(
-    input_path: str | Sequence[str],
-    output_path: str,
+    input_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output_path: str | os.PathLike[str],
     *,
     eps: float | None = None,
     n_clusters: int | str | None = "auto",
@@ -304,7 +313,9 @@ def deduplicate(
     if isinstance(n_clusters, str) and n_clusters != "auto":
         raise ParameterError(f"n_clusters is {n_clusters!r}; it must be a number or 'auto'")
     parameters = RunParameters(
-        inputs=(os.fspath(input_path),) if isinstance(input_path, str | os.PathLike) else tuple(map(os.fspath, input_path)),
+        inputs=(os.fspath(input_path),)
+        if isinstance(input_path, str | os.PathLike)
+        else tuple(os.fspath(path) for path in input_path),
         output=os.fspath(output_path),
         eps=eps,
         n_clusters=None if isinstance(n_clusters, str) else n_clusters,
@@ -352,4 +363,3 @@ def parameters_of(run: Mapping[str, Any], storage_options: Mapping[str, Any]) ->
         drop_intermediate=saved["drop_intermediate"],
         storage_options=storage_options,
     )
-

@@ -20,8 +20,9 @@ from untwin.stages.clustering import (
     count_reasons,
     unit_vectors,
 )
+from untwin.stages.ids import hash_ids
 from untwin.stages.tasks import CentroidsTask, InputTask, ShardsTask
-from untwin.storage.columns import Reason, decode_ids, decode_vectors, hash_ids
+from untwin.storage.columns import Reason, decode_ids, decode_vectors
 from untwin.storage.files import join
 from untwin.storage.partitions import read_array
 from untwin.storage.rows import RowBatch, read_rows
@@ -80,7 +81,7 @@ class _Model:
         """Cosine of each row to its centroid, in fixed order; 0 where the centroid is the origin."""
         dots = rowwise_dot(vectors, self.centroids[labels])
         scale = self.norms[labels] * np.sqrt(rowwise_dot(vectors, vectors))
-        return np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
+        return np.asarray(np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0))
 
 
 class _ShardWriter:
@@ -110,9 +111,7 @@ class _ShardWriter:
         fields = job.fields
         ids = decode_ids(rows.columns.column(fields.id_field), job.listing.id_type)
         bad_ids = ids.is_null().to_numpy(zero_copy_only=False) if ids.null_count else None
-        judged = unit_vectors(
-            decode_vectors(rows.columns.column(fields.embedding_field), self._facts.dim), bad_ids
-        )
+        judged = unit_vectors(decode_vectors(rows.columns.column(fields.embedding_field), self._facts.dim), bad_ids)
         wrong = np.flatnonzero(judged.reasons != Reason.OK)
         if len(wrong):
             self._rejected.add(ids.take(pa.array(wrong)), rows.first_row + wrong, judged.reasons[wrong])
@@ -141,8 +140,8 @@ class _ShardWriter:
                     arrays.append(pa.array(rows.first_row + judged.positions))
                 case name:
                     column = rows.columns.column(name)
-                    column = column if everything else column.take(chosen)
-                    arrays.append(column if column.type.equals(field.type) else column.cast(field.type))
+                    column = column if column.type.equals(field.type) else column.cast(field.type)
+                    arrays.append(column if everything else column.take(chosen))
         self._sides.append(pa.record_batch(arrays, schema=pa.schema(job.side_fields)))
         self._keys.append(
             np.stack(

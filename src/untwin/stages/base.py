@@ -76,6 +76,16 @@ class Stage(ABC):
     """The stage must see all tasks of the stage before it: its `units` are made once these are done."""
     splittable: ClassVar[bool] = False
     """A unit can keep several threads busy by itself."""
+    verbose: bool = False
+    """Log the stage (logger `untwin`, level INFO)."""
+
+    def check(self, before: Sequence[Stage]) -> None:
+        """Refuse, before any work starts, what this stage cannot do after the stages `before` it.
+
+        Raises:
+            UntwinError: It does not fit them, or would write where there is something already.
+        """
+        return
 
     def units(self, upstream: Upstream) -> Sequence[Task]:
         """Make this stage's units from what the stages before have made. Runs once, before the first unit."""

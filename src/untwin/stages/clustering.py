@@ -173,4 +173,3 @@ def add_counts(counts: Sequence[dict[str, int] | Any]) -> dict[str, int]:
         for key, count in part.items():
             total[key] = total.get(key, 0) + count
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
-

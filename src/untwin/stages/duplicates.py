@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from untwin.core import is_duplicate, threshold
-from untwin.errors import ParameterError
+from untwin.errors import OutputExistsError, ParameterError
 from untwin.stages.base import CompositeStage, Context, Stage, Task, Upstream, storage_of
-from untwin.stages.pairwise import result_facts
+from untwin.stages.pairwise import PairwiseStage, result_facts
 from untwin.stages.tasks import CentroidsTask, DuplicatesTask, PairsTask, SelectedTask
 from untwin.storage.bitmap import empty_bitmap, set_bits
-from untwin.storage.files import Storage, join, normalize_path
+from untwin.storage.files import Storage, join, normalize_path, redact
 from untwin.storage.inputs import naming_file
 from untwin.storage.partitions import read_array, result_path, write_array
 from untwin.storage.sorting import ROW_GROUP, merge_sorted, sort_table, write_sorted
@@ -32,7 +32,7 @@ class IdentifyDuplicatesStage(CompositeStage):
     Args:
         output_path: Folder in which `duplicates/` and `groups.parquet` are made.
         eps: A row is a duplicate when its similarity is at least 1 - eps.
-        verbose: Log each stage.
+        verbose: Log each stage (logger `untwin`, level INFO).
         read_kwargs: `storage_options` of the pairwise results.
         write_kwargs: `storage_options` of the output.
 
@@ -59,8 +59,13 @@ class IdentifyDuplicatesStage(CompositeStage):
 
     def stages(self) -> list[Stage]:
         """Select in each unit, then merge."""
-        select = _SelectStage(self.source, self.target, self.output_path, self.eps)
-        return [select, _MergeStage(self.target, self.output_path, self.n_input_rows)]
+        stages: list[Stage] = [
+            _SelectStage(self.source, self.target, self.output_path, self.eps),
+            MergeStage(self.target, self.output_path, self.n_input_rows),
+        ]
+        for stage in stages:
+            stage.verbose = self.verbose
+        return stages
 
 
 class _SelectStage(Stage):
@@ -73,12 +78,21 @@ class _SelectStage(Stage):
         self._source, self._target, self._output_path, self._eps = source, target, output_path, eps
         self._work_path = join(output_path, "duplicates", "_work")
 
+    def check(self, before: Sequence[Stage]) -> None:
+        """Refuse an output that is there, and an eps that does not fit the `PairwiseStage` before this one."""
+        for name in ("duplicates", "groups.parquet"):
+            path = join(self._output_path, name)
+            if self._target.names(path) if name == "duplicates" else self._target.exists(path):
+                raise OutputExistsError(f"{redact(path)}: is there already; choose another output_path, or remove it")
+        if not before or not isinstance(before[-1], PairwiseStage):
+            raise ParameterError(
+                "IdentifyDuplicatesStage has no pairwise results to read; add a PairwiseStage right before it"
+            )
+        _check_eps(self._eps, before[-1].eps, before[-1].compare_to)
+
     def units(self, upstream: Upstream) -> Sequence[Task]:
         """The units of the pairwise stage."""
-        pairs = upstream.of(PairsTask)
-        if not pairs:
-            raise ParameterError("IdentifyDuplicatesStage has no pairwise results to read; add a PairwiseStage before it")
-        return pairs
+        return upstream.of(PairsTask)
 
     def memory(self, task: Any) -> int:
         """The results of a unit."""
@@ -101,7 +115,7 @@ class _SelectStage(Stage):
         write_sorted(self._target, groups_path, sort_table(_members(table), _GROUP_KEYS))
         kept_rows_path = ""
         if task.rows_path:
-            rows = np.asarray(read_array(self._target, task.rows_path), np.int64)
+            rows = np.asarray(read_array(self._source, task.rows_path), np.int64)
             kept_rows_path = join(self._work_path, f"kept-{task.unit:06d}.npy")
             write_array(self._target, kept_rows_path, rows[~np.concatenate(duplicate)])
         n_rows = sum(len(removed) for removed in duplicate)
@@ -113,23 +127,30 @@ class _SelectStage(Stage):
             table = pq.read_table(source, use_threads=False, partitioning=None)
         scores = table["cosine_sim_score"].to_numpy()
         made_with = facts.get("eps")
+        _check_eps(self._eps, made_with, facts.get("compare_to"))
         if made_with is None:
             # similarities only: a row is a duplicate of *any* better-ranked row, and its witness is not known
             table = table.select(["id"])
             table = table.append_column("kept_id", pa.nulls(len(scores), table.schema.field("id").type))
             table = table.append_column("cosine_sim_score", pa.nulls(len(scores), pa.float32()))
             return table, is_duplicate(scores, self._eps)
-        if np.float32(made_with) != np.float32(self._eps):
-            raise ParameterError(
-                f"eps is {self._eps}, but the pairwise results were resolved with eps {made_with}; give PairwiseStage "
-                "the same eps"
-            )
         if facts.get("compare_to") == "kept":
             removed = np.asarray(pc.is_valid(table["kept_id"]).to_numpy(zero_copy_only=False))
         else:
             removed = is_duplicate(scores, self._eps)
         table = table.select(["id", "kept_id", "kept_sim_score"]).rename_columns(["id", "kept_id", "cosine_sim_score"])
         return table, removed
+
+
+def _check_eps(eps: float, made_with: float | None, compare_to: str | None) -> None:
+    if made_with is None and compare_to == "kept":
+        raise ParameterError(
+            f"PairwiseStage compared to kept rows without an eps, so nothing was decided; give it eps={eps}"
+        )
+    if made_with is not None and threshold(made_with) != threshold(eps):
+        raise ParameterError(
+            f"eps is {eps}, but the pairwise results were resolved with eps {made_with}; give PairwiseStage the same eps"
+        )
 
 
 def _members(duplicates: pa.Table) -> pa.Table:
@@ -155,7 +176,7 @@ def _members(duplicates: pa.Table) -> pa.Table:
     return pa.concat_tables([heads.cast(members.schema), members])
 
 
-class _MergeStage(Stage):
+class MergeStage(Stage):
     """Puts the duplicates of all units into one sorted set, and the rows that stay into one bitmap."""
 
     name = "merge duplicates"
@@ -216,9 +237,7 @@ class _MergeStage(Stage):
         paths = [selected.groups_path for selected in self._selected]
         with naming_file(paths[0]), self._target.open(paths[0]) as source:
             id_kind = pq.read_schema(source).field("id").type
-        schema = pa.schema(
-            [("group_id", pa.int64()), ("id", id_kind), ("role", pa.string()), ("score", pa.float32())]
-        )
+        schema = pa.schema([("group_id", pa.int64()), ("id", id_kind), ("role", pa.string()), ("score", pa.float32())])
         n_groups = 0
         with (
             self._target.writing(join(self._output_path, "groups.parquet"), durable=True) as sink,

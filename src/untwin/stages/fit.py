@@ -16,6 +16,7 @@ from untwin.stages.clustering import Clustering
 from untwin.stages.tasks import CentroidsTask, SampleTask
 from untwin.storage.files import join
 from untwin.storage.partitions import write_array
+from untwin.storage.rows import batch_rows
 from untwin.storage.sample import SampleBlocks, read_hashes
 
 
@@ -39,7 +40,7 @@ class FitStage(Stage):
     def memory(self, task: Task) -> int:
         """The sample and the centroids."""
         plan = self._clustering.plan
-        return 4 * plan.dim * (task.n_rows + 4 * plan.n_clusters) + (64 << 20)
+        return 4 * plan.dim * (task.n_rows + 8 * plan.n_clusters) + (64 << 20)
 
     def minimum_memory(self, task: Task) -> int:
         """Centroids, and numbers for each sampled row."""
@@ -104,5 +105,4 @@ def _loaded(blocks: SampleBlocks, n_rows: int) -> ArrayBlocks:
         vectors[filled : filled + len(block)] = block
         hashes[filled : filled + len(block)] = block_hashes
         filled += len(block)
-    return ArrayBlocks(vectors, hashes)
-
+    return ArrayBlocks(vectors, hashes, batch_rows(blocks.dim))

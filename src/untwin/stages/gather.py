@@ -26,13 +26,13 @@ class GatherStage(Stage):
     splittable = True
 
     def __init__(self, clustering: Clustering) -> None:
-        self._clustering = clustering
+        self.clustering = clustering
         self._shards: tuple[tuple[str, int, int], ...] = ()
         self._repeated: dict[Reason, str] = {}
 
     def units(self, upstream: Upstream) -> Sequence[ClustersTask]:
         """One unit for each group of clusters; a unit's number is the group's."""
-        job = self._clustering
+        job = self.clustering
         (model,) = upstream.of(CentroidsTask)
         assigned = upstream.of(ShardsTask)
         self._shards = tuple(shard for task in assigned for shard in task.shards)
@@ -51,7 +51,7 @@ class GatherStage(Stage):
         """Make one bitmap of all repeated rows, and one of those that have another vector."""
         if not paths:
             return
-        job = self._clustering
+        job = self.clustering
         for reason in (Reason.REPEATED_ROW, Reason.REPEATED_ID):
             bitmap = empty_bitmap(job.plan.n_rows)
             for path in paths:
@@ -62,8 +62,9 @@ class GatherStage(Stage):
                 job.target.write_bytes(self._repeated[reason], bitmap.tobytes())
 
     def finish(self) -> None:
-        """Remove the shards."""
-        self._clustering.target.remove(self._clustering.work_path)
+        """Remove the shards, and what this thread still holds."""
+        hold(self.clustering.target, {})
+        self.clustering.target.remove(self.clustering.work_path)
 
     def memory(self, task: ClustersTask) -> int:
         """The group's rows: as read, in the order of clusters, and on their way into a file."""
@@ -72,12 +73,12 @@ class GatherStage(Stage):
     def minimum_memory(self, task: ClustersTask) -> int:
         """A single cluster can be written shard by shard."""
         if len(task.clusters) == 1:
-            return min(self.memory(task), 2 * self._clustering.plan.unit_bytes + (32 << 20))
+            return min(self.memory(task), 2 * self.clustering.plan.unit_bytes + (32 << 20))
         return self.memory(task)
 
     def process(self, task: ClustersTask, context: Context) -> ClustersTask:
         """Write the clusters of a group."""
-        job = self._clustering
+        job = self.clustering
         rejected = RejectedRows(job.listing.id_type)
         if self.memory(task) <= context.memory or len(task.clusters) > 1:
             clusters = self._write_together(task, rejected)
@@ -88,7 +89,7 @@ class GatherStage(Stage):
         return ClustersTask(task.unit, task.n_rows, task.dim, clusters)
 
     def _write_together(self, task: ClustersTask, rejected: RejectedRows) -> tuple[Cluster, ...]:
-        job = self._clustering
+        job = self.clustering
         batches = list(self._batches(task.unit, rejected))
         labels = np.concatenate([batch.column("_centroid").to_numpy() for batch in batches])
         table = pa.Table.from_batches(batches)
@@ -107,11 +108,11 @@ class GatherStage(Stage):
             write_partition(job.target, path, schema, [part])
             held[path] = part
             clusters.append(Cluster(cluster.centroid, int(high - low), (path,)))
-        hold(held)
+        hold(job.target, held)
         return tuple(clusters)
 
     def _write_one(self, task: ClustersTask, rejected: RejectedRows) -> tuple[Cluster, ...]:
-        job = self._clustering
+        job = self.clustering
         (cluster,) = task.clusters
         path = partition_path(job.output_path, cluster.centroid)
         schema = job.partition_schema(task.dim)
@@ -125,12 +126,12 @@ class GatherStage(Stage):
 
     def _partition(self, table: pa.Table, schema: pa.Schema) -> pa.Table:
         table = table.rename_columns(
-            [self._clustering.fields.embedding_field if name == "_vector" else name for name in table.column_names]
+            [self.clustering.fields.embedding_field if name == "_vector" else name for name in table.column_names]
         )
         return table.select(schema.names).combine_chunks()
 
     def _batches(self, group: int, rejected: RejectedRows) -> Iterator[pa.RecordBatch]:
-        job = self._clustering
+        job = self.clustering
         for path, first_row, end_row in self._shards:
             batch = read_batch(job.target, path, group)
             if batch.num_rows and self._repeated:
@@ -147,11 +148,11 @@ class GatherStage(Stage):
         if not reasons.any():
             return batch
         repeated = np.flatnonzero(reasons)
-        ids = batch.column(self._clustering.fields.id_field).take(pa.array(repeated))
+        ids = batch.column(self.clustering.fields.id_field).take(pa.array(repeated))
         rejected.add(ids, rows[repeated], reasons[repeated])
         return batch.take(pa.array(np.flatnonzero(reasons == 0)))
 
     def _bits(self, path: str, first_row: int, end_row: int) -> NDArray[np.bool_]:
         start, length = byte_range(first_row, end_row - first_row)
-        part = np.frombuffer(self._clustering.target.read_range(path, start, length), np.uint8)
+        part = np.frombuffer(self.clustering.target.read_range(path, start, length), np.uint8)
         return get_bits(part, first_row, end_row - first_row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class KMeansStage(CompositeStage):
         input_path: A file, folder, glob or URL, or a list of them.
         output_path: Folder for `centroid=K/*.parquet` and `_centroids.npy`; must not hold other results.
         metadata_fields: More columns to carry along, for ranking.
-        verbose: Log each stage.
+        verbose: Log each stage (logger `untwin`, level INFO).
         embedding_dim: Wanted length of the embeddings; None takes the commonest.
         input_filetype: `parquet`, `jsonl` or `npy`.
         input_file_extensions: File name endings to read instead of the type's own.
@@ -48,7 +49,7 @@ class KMeansStage(CompositeStage):
         oversampling_factor: Candidates a round of `k-means||`, as a multiple of `n_clusters` (2.0 if not given).
         max_samples_per_batch: Most rows that are assigned at a time; never changes the result.
         fit_data_fraction: Share of the rows to fit on, in (0, 1]; None means all rows.
-        cache_path: Folder for what is removed at the end; default: `_work` in the output.
+        cache_path: Folder below which scratch files lie, which are removed at the end; default: the output.
         on_repeated_id: `error` or `first`, for the same id with different vectors.
 
     Raises:
@@ -83,23 +84,63 @@ class KMeansStage(CompositeStage):
         _check(n_clusters is None or n_clusters >= 1, "n_clusters", n_clusters, "must be at least 1")
         _check(max_iter >= 1, "max_iter", max_iter, "must be at least 1")
         _check(tol >= 0, "tol", tol, "must not be negative")
-        _check(isinstance(init, np.ndarray) or init in ("k-means||", "random"), "init", init,
-               "must be 'k-means||', 'random' or an array of centroids")
-        _check(n_init in (None, "auto") or (isinstance(n_init, int) and n_init >= 1), "n_init", n_init,
-               "must be at least 1")
-        _check(oversampling_factor is None or oversampling_factor > 0, "oversampling_factor", oversampling_factor,
-               "must be positive")
-        _check(oversampling_factor is None or (isinstance(init, str) and init == "k-means||"), "oversampling_factor",
-               oversampling_factor, "has a meaning with init='k-means||' only")
+        _check(
+            isinstance(init, np.ndarray) or init in ("k-means||", "random"),
+            "init",
+            init,
+            "must be 'k-means||', 'random' or an array of centroids",
+        )
+        _check(
+            n_init in (None, "auto") or (isinstance(n_init, int) and n_init >= 1),
+            "n_init",
+            n_init,
+            "must be at least 1",
+        )
+        _check(
+            oversampling_factor is None or oversampling_factor > 0,
+            "oversampling_factor",
+            oversampling_factor,
+            "must be positive",
+        )
+        _check(
+            oversampling_factor is None or (isinstance(init, str) and init == "k-means||"),
+            "oversampling_factor",
+            oversampling_factor,
+            "has a meaning with init='k-means||' only",
+        )
         _check(max_samples_per_batch >= 1, "max_samples_per_batch", max_samples_per_batch, "must be at least 1")
-        _check(fit_data_fraction is None or 0 < fit_data_fraction <= 1, "fit_data_fraction", fit_data_fraction,
-               "must be in (0, 1]")
+        _check(
+            fit_data_fraction is None or 0 < fit_data_fraction <= 1,
+            "fit_data_fraction",
+            fit_data_fraction,
+            "must be in (0, 1]",
+        )
         _check(embedding_dim is None or embedding_dim >= 1, "embedding_dim", embedding_dim, "must be at least 1")
-        _check(on_repeated_id in ("error", "first"), "on_repeated_id", on_repeated_id, "must be 'error' or 'first'")
+        _check(
+            on_repeated_id in ("error", "first"),
+            "on_repeated_id",
+            on_repeated_id,
+            "must be 'error' or 'first'",
+        )
+        for name, value in (("metadata_fields", metadata_fields), ("input_file_extensions", input_file_extensions)):
+            _check(not isinstance(value, str), name, value, "must be a list")
         self.fields = Fields(id_field, embedding_field, tuple(dict.fromkeys(metadata_fields or ())))
-        reserved = {embedding_field, "l2_dist_to_cent", "cosine_dist_to_cent", "_row", "_centroid", "_vector", "centroid"}
+        reserved = {
+            embedding_field,
+            "l2_dist_to_cent",
+            "cosine_dist_to_cent",
+            "_row",
+            "_centroid",
+            "_vector",
+            "centroid",
+        }
         for name in (id_field, *self.fields.metadata_fields):
-            _check(name not in reserved, "metadata_fields", name, "is the name of a column that the stage writes itself")
+            _check(
+                name not in reserved,
+                "metadata_fields",
+                name,
+                "is the name of a column that the stage writes itself",
+            )
         self.n_clusters = n_clusters
         self.input_paths = [input_path] if isinstance(input_path, str | Path) else list(input_path)
         self.output_path = normalize_path(output_path)
@@ -112,7 +153,11 @@ class KMeansStage(CompositeStage):
         self.random_state = random_state
         self.max_samples_per_batch = max_samples_per_batch
         self.fit_data_fraction = fit_data_fraction
-        self.cache_path = normalize_path(cache_path) if cache_path else join(self.output_path, "_work")
+        self.work_path = join(self.output_path, "_work")
+        if cache_path:
+            # a folder of its own, because it is removed whole
+            digest = hashlib.sha256(self.output_path.encode()).hexdigest()
+            self.work_path = join(normalize_path(cache_path), f"_untwin-{digest[:16]}")
         self.on_repeated_id = on_repeated_id
         self.fit_options = {
             "init": init,
@@ -126,7 +171,11 @@ class KMeansStage(CompositeStage):
 
     def prepare(self, listing: Listing, plan: Plan) -> Clustering:
         """Fix the input and the plan, so that `stages` need not make them."""
-        self.clustering = Clustering(
+        self.clustering = self._clustering(listing, plan)
+        return self.clustering
+
+    def _clustering(self, listing: Listing, plan: Plan) -> Clustering:
+        return Clustering(
             plan=plan,
             listing=listing,
             groups=listing.groups(),
@@ -134,18 +183,18 @@ class KMeansStage(CompositeStage):
             source=self.source,
             target=self.target,
             output_path=self.output_path,
-            work_path=self.cache_path,
+            work_path=self.work_path,
             rejected_path=self.rejected_path,
             dim=self.embedding_dim,
             seed=self.random_state,
             on_repeated_id=self.on_repeated_id,
             max_batch_rows=self.max_samples_per_batch,
         )
-        return self.clustering
 
     def stages(self) -> list[Stage]:
         """Sample, fit, assign, find repeated ids, gather."""
-        if self.clustering is None:
+        job = self.clustering
+        if job is None:
             listing = list_inputs(
                 self.source,
                 [str(path) for path in self.input_paths],
@@ -168,16 +217,28 @@ class KMeansStage(CompositeStage):
                 fit_data_fraction=self.fit_data_fraction,
                 sample=False,
             )
-            self.prepare(listing, plan)
-        job = self.clustering
-        assert job is not None
-        return [
+            init = self.fit_options["init"]
+            if isinstance(init, np.ndarray) and init.shape[:1] != (plan.n_clusters,):
+                raise ParameterError(f"init has shape {init.shape}, but there are {plan.n_clusters} clusters")
+            job = self._clustering(listing, plan)
+        stages: list[Stage] = [
             SampleStage(job),
             FitStage(job, **self.fit_options),
             AssignStage(job),
             RepeatsStage(job),
             GatherStage(job),
         ]
+        for stage in stages:
+            stage.verbose = self.verbose
+        return stages
+
+
+def _own_folder(cache_path: str | None, output_path: str) -> str:
+    """A folder that is this run's alone, so that it can be removed whole."""
+    if cache_path is None:
+        return join(output_path, "_work")
+    name = hashlib.sha256(output_path.encode()).hexdigest()[:16]
+    return join(normalize_path(cache_path), f"_untwin-{name}")
 
 
 def _check(condition: bool, name: str, value: object, rule: str) -> None:

@@ -13,18 +13,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from untwin.core import EPS_GRID, Matches, RankedArray, RowStore, match_ranked, normalize, score_counts, threshold
-from untwin.errors import DamagedFileError, InputNotFoundError, OutputExistsError, ParameterError
+from untwin.core import (
+    EPS_GRID,
+    Matches,
+    RankedArray,
+    RowStore,
+    match_ranked,
+    normalize,
+    score_counts,
+    threshold,
+)
+from untwin.errors import DamagedFileError, InputNotFoundError, OutputExistsError, ParameterError, SchemaError
 from untwin.plan import split_evenly
 from untwin.stages.base import Context, Stage, Upstream, storage_of
 from untwin.stages.clustering import EXAMPLES_SEED
+from untwin.stages.gather import GatherStage
+from untwin.stages.ids import hash_ids
 from untwin.stages.ranking import RankingStrategy
 from untwin.stages.tasks import Cluster, ClustersTask, ExamplePair, PairsTask
 from untwin.storage.columns import (
     common_id_type,
     decode_ids,
     decode_vectors,
-    hash_ids,
+    half_floats,
     id_type,
     list_lengths,
     matrix_of,
@@ -32,6 +43,7 @@ from untwin.storage.columns import (
 from untwin.storage.files import Storage, is_remote, join, normalize_path, redact
 from untwin.storage.partitions import (
     ROW,
+    concat_tables,
     find_partitions,
     iterate_partition,
     partition_facts,
@@ -45,7 +57,17 @@ from untwin.storage.spool import RankedFile, VectorFile, scratch_folder
 METADATA_KEY = b"untwin"
 _UNIT_BYTES = 32 << 20
 _EXAMPLES = 3
-_SPOOLED_BATCH = 4096
+_SPOOLED_BYTES = 8 << 20
+
+
+_SIDE_BYTES = 300
+"""Of a row's ids, metadata and results while a cluster is compared."""
+_SCRATCH = 32 << 20
+
+
+def _spooled_batch(dim: int) -> int:
+    """Rows that are compared at a time where they are read from the disk."""
+    return max(256, min(4096, _SPOOLED_BYTES // (4 * dim)))
 
 
 class PairwiseStage(Stage):
@@ -63,7 +85,7 @@ class PairwiseStage(Stage):
         ranking_strategy: Ranks the rows of a cluster; overrules `which_to_keep` and `sim_metric`.
         embedding_dim: Wanted length of the embeddings; None takes what is there.
         pairwise_batch_size: Rows compared at a time; never changes the result.
-        verbose: Log each stage.
+        verbose: Log the stage (logger `untwin`, level INFO).
         read_kwargs: `storage_options` for the input.
         write_kwargs: `storage_options` for the output.
         which_to_keep: `hard`, `easy` or `random`.
@@ -121,15 +143,42 @@ class PairwiseStage(Stage):
         self.eps = eps
         self._work_path = join(self.output_path, "_work")
 
+    def check(self, before: Sequence[Stage]) -> None:
+        """Refuse an output that is there, and parameters that do not fit the `KMeansStage` before this one."""
+        present = self.target.names(self.output_path)
+        if present:
+            raise OutputExistsError(
+                f"{redact(self.output_path)}: holds {present[0]!r} already; choose another output_path, or remove the "
+                "folder"
+            )
+        if not before:
+            return
+        gather = before[-1]
+        if not isinstance(gather, GatherStage):
+            raise ParameterError("PairwiseStage has to be the first stage, or to follow a KMeansStage")
+        job = gather.clustering
+        if self.input_paths != [job.output_path]:
+            raise ParameterError(
+                f"input_path of PairwiseStage is {', '.join(map(redact, self.input_paths))}, but the KMeansStage before "
+                f"it writes to {redact(job.output_path)}; give that, or run the two in pipelines of their own"
+            )
+        fields = (self.id_field, self.embedding_field)
+        if fields != (job.fields.id_field, job.fields.embedding_field):
+            raise ParameterError(
+                f"id_field and embedding_field of PairwiseStage are {fields}, those of the KMeansStage before it "
+                f"{(job.fields.id_field, job.fields.embedding_field)}; give both stages the same"
+            )
+        columns = [field.name for field in job.side_fields]
+        missing = [name for name in self.ranking.metadata_cols if name not in columns]
+        if missing:
+            raise SchemaError(
+                f"cannot rank by {', '.join(map(repr, missing))}: name it in metadata_fields of KMeansStage"
+            )
+
     def units(self, upstream: Upstream) -> Sequence[ClustersTask]:
         """The clusters that the stage before made, or those found in the input folder."""
         if upstream.stages:
             return [task for task in upstream.last if isinstance(task, ClustersTask)]
-        if self.target.names(self.output_path):
-            raise OutputExistsError(
-                f"{redact(self.output_path)}: holds {self.target.names(self.output_path)[0]!r} already; choose another "
-                "output_path, or remove the folder"
-            )
         return self._found_units()
 
     def _found_units(self) -> list[ClustersTask]:
@@ -144,6 +193,10 @@ class PairwiseStage(Stage):
                 )
             )
         dims = {dim for _, dim, _ in facts.values() if dim is not None}
+        if self.embedding_dim and dims - {self.embedding_dim}:
+            raise ParameterError(
+                f"embedding_dim is {self.embedding_dim}, but the vectors have {min(dims - {self.embedding_dim})} elements"
+            )
         dim = self.embedding_dim or (dims.pop() if len(dims) == 1 else self._first_dim(paths, facts))
         clusters = [
             Cluster(
@@ -158,7 +211,11 @@ class PairwiseStage(Stage):
         bounds = split_evenly([cluster.n_rows * dim * 4 for cluster in clusters], _UNIT_BYTES)
         return [
             ClustersTask(
-                unit, sum(c.n_rows for c in clusters[low:high]), dim, tuple(clusters[low:high]), has_rows=has_rows
+                unit,
+                sum(c.n_rows for c in clusters[low:high]),
+                dim,
+                tuple(clusters[low:high]),
+                has_rows=has_rows,
             )
             for unit, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
         ]
@@ -176,17 +233,17 @@ class PairwiseStage(Stage):
         self.target.remove(self._work_path)
 
     def memory(self, task: ClustersTask) -> int:
-        """A unit's rows, as they may still be held, and the largest cluster's once more."""
+        """A unit's rows, as they may still be held, the largest cluster's once more, and the batch being compared."""
         largest = max(cluster.n_rows for cluster in task.clusters)
-        return int(1.1 * 4 * task.dim * (task.n_rows + largest)) + 300 * largest + self._scratch(task)
+        batch = min(self.pairwise_batch_size, largest)
+        return (
+            int(1.1 * 4 * task.dim * (task.n_rows + largest)) + _SIDE_BYTES * largest + 12 * task.dim * batch + _SCRATCH
+        )
 
     def minimum_memory(self, task: ClustersTask) -> int:
         """A cluster's ids and results; its vectors can stay on the disk."""
         largest = max(cluster.n_rows for cluster in task.clusters)
-        return min(self.memory(task), 400 * largest + 8 * task.dim * _SPOOLED_BATCH + self._scratch(task))
-
-    def _scratch(self, task: ClustersTask) -> int:
-        return (32 << 20) + 24 * task.dim * min(self.pairwise_batch_size, task.n_rows)
+        return min(self.memory(task), _SIDE_BYTES * largest + 4 * _SPOOLED_BYTES + _SCRATCH)
 
     def cost(self, task: Any) -> float:
         """Pairs to compare."""
@@ -194,6 +251,8 @@ class PairwiseStage(Stage):
 
     def process(self, task: ClustersTask, context: Context) -> PairsTask:
         """Compare the rows of each cluster of a unit."""
+        if self.embedding_dim not in (None, task.dim):
+            raise ParameterError(f"embedding_dim is {self.embedding_dim}, but the vectors have {task.dim} elements")
         counts = np.zeros(len(EPS_GRID), np.int64)
         examples = _Examples()
         rows: list[NDArray[np.int64]] = []
@@ -229,7 +288,7 @@ class PairwiseStage(Stage):
         in_memory = self.memory(ClustersTask(0, cluster.n_rows, task.dim, (cluster,))) <= context.memory
         with ExitStack() as stack:
             if in_memory:
-                table = read_partition(self.source, cluster.files)
+                table = read_partition(self.source, cluster.files, self._columns(task))
                 vectors = self._vectors(table[self.embedding_field], task, cluster)
                 table = self._side_columns(table)
                 order = self.ranking.order(table, self.id_field)
@@ -253,7 +312,7 @@ class PairwiseStage(Stage):
                 RankedFile(spool, order),
                 eps=self.eps,
                 compare_to=self.compare_to,  # type: ignore[arg-type]
-                batch_size=max(self.pairwise_batch_size, _SPOOLED_BATCH),
+                batch_size=_spooled_batch(task.dim),
                 executor_map=share,
                 store_factory=stores,
             )
@@ -263,29 +322,22 @@ class PairwiseStage(Stage):
         """Copy a cluster's vectors to the spool; returns its other columns."""
         parts = []
         n_rows = 0
-        names = self._columns(cluster)
+        names = self._columns(task)
         for batch in iterate_partition(self.source, cluster.files, names, batch_rows(task.dim)):
             vectors = self._vectors(batch.column(self.embedding_field), task, cluster)
             spool.append(vectors, np.arange(n_rows, n_rows + len(vectors)))
             n_rows += len(vectors)
             parts.append(pa.Table.from_batches([batch]).drop_columns([self.embedding_field]))
         # copied, so that nothing refers to the memory that the vectors were read into
-        return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
+        return concat_tables(parts, cluster.files[0]).combine_chunks()
 
-    def _columns(self, cluster: Cluster) -> list[str]:
+    def _columns(self, task: ClustersTask) -> list[str]:
         wanted = [self.id_field, self.embedding_field, *self.ranking.metadata_cols]
-        _, _, present = partition_facts(self.source, cluster.files[0], self.embedding_field)
-        if ROW in present:
-            wanted.append(ROW)
-        return list(dict.fromkeys(wanted))
+        return list(dict.fromkeys([*wanted, ROW] if task.has_rows else wanted))
 
     def _side_columns(self, table: pa.Table) -> pa.Table:
         names = [name for name in table.column_names if name != self.embedding_field]
         table = table.select(names)
-        if self.id_field not in names:
-            raise ParameterError(
-                f"id_field is {self.id_field!r}; the clusters have no such column, but {', '.join(map(repr, names))}"
-            )
         ids = table[self.id_field].combine_chunks()
         kind = id_type(ids.type)
         if kind is None or common_id_type(kind, kind) is None or ids.null_count:
@@ -293,16 +345,14 @@ class PairwiseStage(Stage):
         index = table.column_names.index(self.id_field)
         return table.set_column(index, self.id_field, decode_ids(ids, kind))
 
-    def _vectors(
-        self, column: pa.ChunkedArray | pa.Array, task: ClustersTask, cluster: Cluster
-    ) -> NDArray[np.float32]:
+    def _vectors(self, column: pa.ChunkedArray | pa.Array, task: ClustersTask, cluster: Cluster) -> NDArray[np.float32]:
         """Unit vectors: ours are taken as they are, others are normalised."""
         if task.has_rows:
             return matrix_of(column)
         chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
         parts = []
         for chunk in chunks:
-            raw = decode_vectors(chunk, task.dim)
+            raw = decode_vectors(half_floats(chunk), task.dim)
             vectors, invalid = normalize(raw.values)
             if raw.positions is not None or invalid.any():
                 raise DamagedFileError(

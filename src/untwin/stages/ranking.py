@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from untwin.errors import ParameterError, SchemaError
-from untwin.storage.columns import hash_ids
+from untwin.stages.ids import hash_ids
 
 _RANK_SEED = 11
 
@@ -39,6 +39,8 @@ class RankingStrategy:
     ) -> None:
         if strategy not in ("sort", "random"):
             raise ParameterError(f"strategy is {strategy!r}; it must be 'sort' or 'random'")
+        if isinstance(metadata_cols, str):
+            raise ParameterError(f"metadata_cols is {metadata_cols!r}; give a list of columns")
         self.metadata_cols = tuple(metadata_cols)
         directions = [ascending] * len(self.metadata_cols) if isinstance(ascending, bool) else list(ascending)
         if len(directions) != len(self.metadata_cols):
@@ -54,9 +56,7 @@ class RankingStrategy:
         self.random_seed = random_seed
 
     @classmethod
-    def metadata_based(
-        cls, metadata_cols: Sequence[str], ascending: bool | Sequence[bool] = True
-    ) -> RankingStrategy:
+    def metadata_based(cls, metadata_cols: Sequence[str], ascending: bool | Sequence[bool] = True) -> RankingStrategy:
         """Rank by columns: `metadata_based(["duration"], ascending=False)` keeps the longest clip."""
         return cls(metadata_cols, ascending)
 
@@ -82,6 +82,12 @@ class RankingStrategy:
             raise ParameterError(f"which_to_keep is {which_to_keep!r}; it must be 'hard', 'easy' or 'random'")
         return cls([f"{sim_metric}_dist_to_cent"], which_to_keep == "easy")
 
+    def check_types(self, types: Mapping[str, pa.DataType]) -> None:
+        """Raise SchemaError if one of the columns, of which some types are known, cannot be sorted by."""
+        for name in self.metadata_cols:
+            if name in types:
+                _sortable(pa.array([], types[name]), name)
+
     def order(self, table: pa.Table, id_field: str) -> NDArray[np.int64]:
         """Positions of the rows of a table, best first, shape (n,).
 
@@ -105,8 +111,7 @@ class RankingStrategy:
         keys["id"] = _sortable(ids, id_field)
         directions.append(directions[-1])
         sort_keys = [
-            (name, "ascending" if ascending else "descending")
-            for name, ascending in zip(keys, directions, strict=True)
+            (name, "ascending" if ascending else "descending") for name, ascending in zip(keys, directions, strict=True)
         ]
         # Arrow's default puts nulls last, and NaN before them, whatever the direction
         order = pc.sort_indices(pa.table(keys), sort_keys=sort_keys)
@@ -122,6 +127,14 @@ def _sortable(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Array:
         column = column.cast(pa.binary())
     if pa.types.is_string_view(column.type):
         column = column.cast(pa.large_string())
-    if pa.types.is_nested(column.type):
-        raise SchemaError(f"cannot rank by {name!r}: it has type {column.type}; rank by a number, text or time")
+    if pa.types.is_binary_view(column.type):
+        column = column.cast(pa.large_binary())
+    if pa.types.is_float16(column.type):
+        column = column.cast(pa.float32())
+    try:
+        pc.sort_indices(column.slice(0, 0))
+    except pa.ArrowException:
+        raise SchemaError(
+            f"cannot rank by {name!r}: it has type {column.type}; rank by a number, text or time"
+        ) from None
     return column

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from untwin.errors import OutputExistsError, ParameterError, ResultMismatchError
+from untwin.errors import InputNotFoundError, OutputExistsError, ParameterError, ResultMismatchError, SchemaError
 from untwin.plan import split_evenly
 from untwin.stages.base import Context, Stage, Upstream, storage_of
 from untwin.stages.clustering import IDS_SEED_1, IDS_SEED_2
+from untwin.stages.duplicates import MergeStage
+from untwin.stages.ids import hash_ids
 from untwin.stages.tasks import CentroidsTask, DuplicatesTask, InputTask, KeptTask
 from untwin.storage.bitmap import byte_range, counts_before, get_bits
-from untwin.storage.columns import decode_ids, hash_ids
+from untwin.storage.columns import common_id_type, decode_ids, id_type, without_views
 from untwin.storage.files import join, normalize_path, redact
 from untwin.storage.inputs import Span, naming_file
 from untwin.storage.kept import KEPT_WRITERS, KeptWriter
@@ -45,7 +46,7 @@ class RemoveDuplicatesStage(Stage):
         layout: `compact`: files of about 256 MB; `mirror`: a file for each input file, under its relative path.
         input_filetype: `parquet`, `jsonl` or `npy`.
         input_file_extensions: File name endings to read instead of the type's own.
-        verbose: Log the stage.
+        verbose: Log the stage (logger `untwin`, level INFO).
         read_kwargs: `storage_options` for the input.
         write_kwargs: `storage_options` for the output.
 
@@ -87,6 +88,20 @@ class RemoveDuplicatesStage(Stage):
         self._hash_files: list[str] = []
         self._work_path = join(self.output_path, "_work")
 
+    def check(self, before: Sequence[Stage]) -> None:
+        """Refuse an output that is there, and a lack of anything to remove."""
+        present = self.target.names(self.output_path)
+        if present:
+            raise OutputExistsError(
+                f"{redact(self.output_path)}: holds {present[0]!r} already; choose another output_path, or remove the "
+                "folder"
+            )
+        if self.duplicates_path is None and not any(isinstance(stage, MergeStage) for stage in before):
+            raise ParameterError(
+                "RemoveDuplicatesStage has no duplicates to remove; add an IdentifyDuplicatesStage before it, or give "
+                "duplicates_path"
+            )
+
     def units(self, upstream: Upstream) -> Sequence[InputTask]:
         """Runs of input pieces, each of which fills an output file."""
         listing = self.listing or list_inputs(
@@ -97,11 +112,6 @@ class RemoveDuplicatesStage(Stage):
             extensions=self.input_file_extensions,
             exclude=[self.output_path],
         )
-        present = self.target.names(self.output_path)
-        if present:
-            raise OutputExistsError(
-                f"{redact(self.output_path)}: holds {present[0]!r} already; choose another output_path, or remove the folder"
-            )
         groups = listing.groups()
         self.listing, self._groups = listing, groups
         kept = self._find_kept(upstream, listing, groups)
@@ -123,25 +133,25 @@ class RemoveDuplicatesStage(Stage):
         found = upstream.of(DuplicatesTask)
         models = upstream.of(CentroidsTask)
         same_input = bool(models) and models[0].listing_digest == listing.digest()
-        if self.duplicates_path is None and not found:
-            raise ParameterError(
-                "RemoveDuplicatesStage has no duplicates to remove; add an IdentifyDuplicatesStage before it, or give "
-                "duplicates_path"
-            )
+        self._bitmap, self._hash_files = "", []
         if self.duplicates_path is None and found[0].kept_bitmap and (same_input or not models):
             self._bitmap = found[0].kept_bitmap
             bitmap = np.frombuffer(self.target.read_bytes(self._bitmap), np.uint8)
             return np.diff(counts_before(bitmap, groups.starts))
-        self._hash_duplicates(self.duplicates_path or found[0].folder)
+        self._hash_duplicates(self.duplicates_path or found[0].folder, listing.id_type)
         return groups.rows
 
-    def _hash_duplicates(self, path: str) -> None:
+    def _hash_duplicates(self, path: str, wanted: pa.DataType) -> None:
         """Write 128-bit hashes of all duplicates' ids as sorted parts that fit the memory."""
         storage = self.target
         if storage.is_folder(path):
             files = sorted(file.path for file in storage.find(path) if file.path.endswith(".parquet"))
-        else:
+        elif storage.exists(path):
             files = [path]
+        else:
+            files = []
+        if not files:
+            raise InputNotFoundError(f"{redact(path)}: no list of duplicates there")
         held: list[NDArray[np.uint64]] = []
         n_held = 0
 
@@ -152,12 +162,19 @@ class RemoveDuplicatesStage(Stage):
             self._hash_files.append(part)
 
         for file in files:
-            with naming_file(file), storage.open(file) as source, pq.ParquetFile(source) as parquet:
+            with naming_file(file), storage.open(file) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
                 if "id" not in parquet.schema_arrow.names:
                     raise ParameterError(f"{redact(file)}: no column 'id'; it is not a list of duplicates")
+                kind = id_type(parquet.schema_arrow.field("id").type)
+                if kind is None or common_id_type(kind, wanted) is None:
+                    raise SchemaError(
+                        f"{redact(file)}: the ids of the duplicates have type {parquet.schema_arrow.field('id').type}, "
+                        f"those of the input {wanted}; bring them to one type"
+                    )
                 for batch in parquet.iter_batches(65_536, columns=["id"], use_threads=False):
-                    held.append(_both_hashes(decode_ids(batch.column(0), _plain(batch.column(0).type))))
-                    n_held += batch.num_rows
+                    ids = decode_ids(batch.column(0), kind).drop_null()
+                    held.append(_both_hashes(ids))
+                    n_held += len(ids)
                     if n_held >= _HASHES_PER_PART:
                         flush()
                         held, n_held = [], 0
@@ -205,7 +222,7 @@ class RemoveDuplicatesStage(Stage):
     def _mirrored(self, listing: Listing, span: Span) -> str:
         index = int(np.searchsorted(listing.files["first_row"].to_numpy(), span.first_row, side="right")) - 1
         relative = listing.files["relative"][index].as_py()
-        return join(self.output_path, posixpath.splitext(relative)[0])
+        return join(self.output_path, relative)
 
     def _kept_rows(self, listing: Listing, groups: Groups, task: InputTask, first_row: int) -> NDArray[np.bool_]:
         if self._bitmap:
@@ -214,17 +231,17 @@ class RemoveDuplicatesStage(Stage):
             return get_bits(part, first_row, task.n_rows)
         keep = np.ones(task.n_rows, np.bool_)
         hashes = [np.empty((2, 0), np.uint64)]
+        null = [np.empty(0, np.bool_)]
         spans = listing.spans(task.first_group, task.end_group, groups)
         for rows in read_rows(self.source, listing.format, spans, [self.id_field], 65_536):
-            hashes.append(_both_hashes(decode_ids(rows.columns.column(0), listing.id_type)))
+            ids = decode_ids(rows.columns.column(0), listing.id_type)
+            hashes.append(_both_hashes(ids))
+            null.append(ids.is_null().to_numpy(zero_copy_only=False))
         found = np.concatenate(hashes, axis=1)
         for path in self._hash_files:
             keep &= ~_contains(np.asarray(read_array(self.target, path), np.uint64), found)
+        keep |= np.concatenate(null)
         return keep
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _both_hashes(ids: pa.Array) -> NDArray[np.uint64]:
@@ -249,4 +266,15 @@ def _write_kept(writer: KeptWriter, rows: RowBatch, keep: NDArray[np.bool_], fir
     if mask.all():
         writer.write(rows.columns)
     elif mask.any():
-        writer.write(rows.columns.filter(pa.array(mask)))
+        writer.write(_filtered(rows.columns, mask))
+
+
+def _filtered(batch: pa.RecordBatch, mask: NDArray[np.bool_]) -> pa.RecordBatch:
+    """Rows by a mask; Arrow cannot select from columns of views, so these go through plain ones."""
+    chosen = pa.array(mask)
+    columns = []
+    for column in batch.columns:
+        plain = without_views(column.type)
+        part = column.filter(chosen) if plain is column.type else column.cast(plain).filter(chosen).cast(column.type)
+        columns.append(part)
+    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)

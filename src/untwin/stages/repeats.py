@@ -118,4 +118,3 @@ def _check_rejected(shards: Sequence[ShardsTask], n_rows: int) -> None:
             f"{total} of {n_rows} rows cannot be judged, more than half ({reasons}); check the embedding column "
             "and embedding_dim; the rows are listed in rejected/"
         )
-

@@ -11,12 +11,11 @@ import pyarrow as pa
 from untwin.core import normalize
 from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.stages.clustering import SAMPLE_SEED, Clustering
+from untwin.stages.ids import hash_ids
 from untwin.stages.tasks import InputTask, SampleTask
-from untwin.storage.columns import decode_ids, decode_vectors, hash_ids, list_lengths
+from untwin.storage.columns import decode_ids, decode_vectors, list_lengths
 from untwin.storage.rows import read_rows
 from untwin.storage.sample import sample_batch, write_sample
-
-_BLOCK_ROWS = 4096
 
 
 class SampleStage(Stage):
@@ -53,7 +52,8 @@ class SampleStage(Stage):
         n_sampled = 0
         spans = job.listing.spans(task.first_group, task.end_group, job.groups)
         names = [job.fields.id_field, job.fields.embedding_field]
-        for rows in read_rows(job.source, job.listing.format, spans, names, job.batch_rows(job.plan.dim)):
+        size = job.batch_rows(job.plan.dim)
+        for rows in read_rows(job.source, job.listing.format, spans, names, size):
             ids = decode_ids(rows.columns.column(names[0]), job.listing.id_type)
             hashes = hash_ids(ids, job.seed + SAMPLE_SEED)
             chosen = np.ones(len(ids), np.bool_) if share >= 1 else hashes <= bound
@@ -71,8 +71,8 @@ class SampleStage(Stage):
                 vectors, invalid = normalize(raw.values)
                 positions = np.arange(len(here)) if raw.positions is None else raw.positions
                 good = np.flatnonzero(invalid == 0)
-                for low in range(0, len(good), _BLOCK_ROWS):
-                    some = good[low : low + _BLOCK_ROWS]
+                for low in range(0, len(good), size):
+                    some = good[low : low + size]
                     batches.append(sample_batch(hashes[here[positions[some]]], vectors[some]))
                     n_sampled += len(some)
         path = job.work_file("sample", f"part-{task.unit:06d}.arrow")

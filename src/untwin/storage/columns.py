@@ -1,4 +1,4 @@
-"""Arrow columns to NumPy: ids to canonical types and hashes, list columns to matrices. No files here."""
+"""Arrow columns to NumPy: ids to canonical types, list columns to matrices. No files here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from untwin.core import hash_bytes, hash_integers
 from untwin.errors import SchemaError
 
 
@@ -89,34 +88,20 @@ def common_id_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | Non
     return None
 
 
+def without_views(column_type: pa.DataType) -> pa.DataType:
+    """The plain type for a column of string or binary views, which Arrow cannot select from; others as they are."""
+    if pa.types.is_string_view(column_type):
+        return pa.large_string()
+    if pa.types.is_binary_view(column_type):
+        return pa.large_binary()
+    return column_type
+
+
 def decode_ids(column: pa.Array, target: pa.DataType) -> pa.Array:
     """Bring an id column to `target`: dictionaries decoded, integers widened."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     return column if column.type.equals(target) else column.cast(target)
-
-
-def hash_ids(ids: pa.Array, seed: int) -> NDArray[np.uint64]:
-    """Seeded 64-bit hash of each id, shape (n,); the same for every width of the same kind of id.
-
-    Null ids get an arbitrary value.
-    """
-    kind = ids.type
-    if pa.types.is_integer(kind):
-        wide = pa.uint64() if pa.types.is_uint64(kind) else pa.int64()
-        return hash_integers(pc.fill_null(ids, 0).cast(wide).to_numpy(zero_copy_only=False), seed)
-    if pa.types.is_fixed_size_binary(kind):
-        width = kind.byte_width
-        data = np.frombuffer(ids.buffers()[1], np.uint8) if ids.buffers()[1] else np.empty(0, np.uint8)
-        offsets = np.arange(ids.offset, ids.offset + len(ids) + 1, dtype=np.int64) * width
-        return hash_bytes(data, offsets, seed)
-    ids = ids.cast(pa.large_binary())
-    _, offset_buffer, data_buffer = ids.buffers()
-    if len(ids) == 0:
-        return np.empty(0, np.uint64)
-    offsets = np.frombuffer(offset_buffer, np.int64)[ids.offset : ids.offset + len(ids) + 1]
-    data = np.frombuffer(data_buffer, np.uint8) if data_buffer else np.empty(0, np.uint8)
-    return hash_bytes(data, offsets, seed)
 
 
 def embedding_dim(column_type: pa.DataType) -> int | None:
@@ -128,12 +113,24 @@ def embedding_dim(column_type: pa.DataType) -> int | None:
     if isinstance(column_type, pa.BaseExtensionType):
         return embedding_dim(column_type.storage_type)
     types = pa.types
-    is_list = (
-        types.is_list(column_type) or types.is_large_list(column_type) or types.is_fixed_size_list(column_type)
-    )
+    is_list = types.is_list(column_type) or types.is_large_list(column_type) or types.is_fixed_size_list(column_type)
     if not is_list or not types.is_floating(column_type.value_type):
         raise SchemaError(f"has type {column_type}; an embedding is a list of float16, float32 or float64")
     return int(column_type.list_size) if types.is_fixed_size_list(column_type) else None
+
+
+def half_floats(column: pa.Array) -> pa.Array:
+    """Lists of uint16 as lists of the float16 numbers that have these bits; other columns as they are.
+
+    NeMo Curator writes clusters so (since 26.09, by default): its data frames have no float16.
+    """
+    kind = column.type
+    if pa.types.is_fixed_size_list(kind) and pa.types.is_uint16(kind.value_type):
+        return column.view(pa.list_(pa.float16(), kind.list_size))
+    for is_kind, target in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_kind(kind) and pa.types.is_uint16(kind.value_type):
+            return column.view(target(pa.float16()))
+    return column
 
 
 @dataclass(frozen=True)
@@ -151,10 +148,16 @@ class RawVectors:
     reasons: NDArray[np.uint8]
 
 
-def list_lengths(column: pa.Array) -> NDArray[np.int64]:
-    """Length of each list, shape (n,) int64; 0 for nulls."""
+def _plain_lists(column: pa.Array) -> pa.Array:
+    """Lists without an extension type around them; a column of nulls only is one of null lists."""
     if isinstance(column.type, pa.BaseExtensionType):
         column = column.storage
+    return pa.nulls(len(column), pa.list_(pa.float32())) if pa.types.is_null(column.type) else column
+
+
+def list_lengths(column: pa.Array) -> NDArray[np.int64]:
+    """Length of each list, shape (n,) int64; 0 for nulls."""
+    column = _plain_lists(column)
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     return np.asarray(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)
 
@@ -166,8 +169,7 @@ def decode_vectors(column: pa.Array, dim: int) -> RawVectors:
         column: `list`, `large_list` or `fixed_size_list` of floating-point numbers, n rows.
         dim: Wanted length.
     """
-    if isinstance(column.type, pa.BaseExtensionType):
-        column = column.storage
+    column = _plain_lists(column)
     n_rows = len(column)
     reasons = np.zeros(n_rows, np.uint8)
     if pa.types.is_fixed_size_list(column.type):

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 _WHOLE_READ_BYTES = 8 << 20
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
+_CLIENTS = ("botocore", "aiobotocore", "aiohttp")
+"""Packages whose errors say that a remote storage cannot be reached, or refuses."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,13 @@ def normalize_path(path: str | os.PathLike[str]) -> str:
     if is_remote(text):
         return text.rstrip("/")
     text = text.removeprefix("file://").removeprefix("local://")
-    return str(Path(text).expanduser().absolute())
+    path = Path(text).expanduser().absolute()
+    return str(path.resolve() if ".." in path.parts else path)
+
+
+def real_path(path: str) -> str:
+    """The path without symbolic links, to tell whether two paths are the same place; a URL as it is."""
+    return path if is_remote(path) else str(Path(path).resolve())
 
 
 def redact(path: str) -> str:
@@ -86,7 +94,13 @@ class Storage:
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def _fs(self, path: str) -> Any:
-        return _filesystem(path.partition("://")[0], json.dumps(dict(self.options), sort_keys=True))
+        try:
+            options = json.dumps(dict(self.options), sort_keys=True)
+        except TypeError:
+            raise ParameterError(
+                "storage_options holds an object; give text, numbers, truth values, lists and dictionaries only"
+            ) from None
+        return _filesystem(path.partition("://")[0], options)
 
     @contextlib.contextmanager
     def _explained(self, path: str) -> Iterator[None]:
@@ -101,7 +115,16 @@ class Storage:
             raise UntwinError(f"{redact(path)}: access denied ({error}); check the credentials") from error
         except OSError as error:
             if error.errno == 28:
-                raise ResourceError(f"{redact(path)}: no space left on the device; make room, then run again") from error
+                raise ResourceError(
+                    f"{redact(path)}: no space left on the device; make room, then run again"
+                ) from error
+            raise
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] in _CLIENTS:
+                raise UntwinError(
+                    f"{redact(path)}: the storage cannot be used ({redact(str(error))}); check the endpoint and the "
+                    "credentials"
+                ) from error
             raise
 
     def exists(self, path: str) -> bool:
@@ -123,7 +146,7 @@ class Storage:
         if not is_remote(folder):
             try:
                 return sorted(entry.name for entry in os.scandir(folder))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
         with self._explained(folder):
             try:
@@ -210,16 +233,22 @@ class Storage:
         if is_remote(path):
             with self._explained(path):
                 remote = self._fs(path).open(path, "wb")
+                uploaded = False
                 try:
                     sink = pa.PythonFile(remote, mode="w")
                     yield sink
                     sink.flush()
-                except BaseException:
+                    uploaded = True
+                    remote.close()
+                except BaseException as error:
                     with contextlib.suppress(Exception):
                         remote.discard()
                     remote.closed = True
+                    if uploaded and isinstance(error, FileNotFoundError):
+                        raise UntwinError(
+                            f"{redact(path)}: cannot be written, there is no such bucket; make it first"
+                        ) from error
                     raise
-                remote.close()
             return
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -300,7 +329,7 @@ def read_ahead(produce: Callable[[], Iterator[T]], *, depth: int = 2) -> Iterato
                 if not put("item", item):
                     return
             put("end", None)
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
+        except BaseException as error:
             put("error", error)
 
     thread = threading.Thread(target=work, daemon=True, name="untwin-read-ahead")

@@ -19,6 +19,8 @@ from untwin.errors import DamagedFileError, ParameterError, SchemaError, UntwinE
 from untwin.storage.files import FoundFile, Storage, is_remote, redact
 
 _CHUNK_BYTES = 16 << 20
+PAGE_BUFFER = 1 << 20
+"""Bytes that are read at a time from a Parquet column, so that a large row group never lies in memory whole."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,15 @@ class Span:
 class InputFormat(Protocol):
     """How files of one format are read."""
 
-    name: str
-    suffixes: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """What `input_filetype` calls it."""
+        ...
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """File name endings."""
+        ...
 
     def select(self, files: list[FoundFile]) -> list[FoundFile]:
         """Keep the files of this format, out of those found below a folder."""
@@ -132,8 +141,7 @@ class ParquetFormat:
         groups = list(range(span.first_group, span.first_group + len(span.group_rows)))
         small = span.n_rows <= batch_rows
         with naming_file(span.path), storage.open(span.path) as source:
-            options: dict[str, Any] = {} if small or is_remote(span.path) else {"buffer_size": 1 << 20}
-            with pq.ParquetFile(source, pre_buffer=is_remote(span.path), **options) as parquet:
+            with pq.ParquetFile(source, pre_buffer=False, buffer_size=0 if small else PAGE_BUFFER) as parquet:
                 names = None if columns is None else list(columns)
                 if small:
                     table = parquet.read_row_groups(groups, columns=names, use_threads=False)
@@ -172,7 +180,7 @@ class JsonLinesFormat:
         with naming_file(file.path):
             for start, lines in self._chunks(storage, file.path, 0, file.size):
                 if not rows:
-                    schema = _parse_lines(lines[:1000], None).schema
+                    schema = _schema_of(lines[:1000])
                 starts.append(start)
                 rows.append(len(lines))
         sizes = tuple(np.diff([*starts, file.size]).tolist())
@@ -234,13 +242,64 @@ class JsonLinesFormat:
 def _parse_lines(lines: list[bytes], columns: Sequence[str] | None) -> pa.Table:
     content = io.BytesIO(b"\n".join(lines))
     options = pj.ReadOptions(use_threads=False, block_size=max(1 << 20, content.getbuffer().nbytes + 1))
-    table = pj.read_json(content, read_options=options)
+    try:
+        table = pj.read_json(content, read_options=options)
+        types = (
+            table.schema
+            if columns is None
+            else [table.schema.field(name) for name in columns if name in table.column_names]
+        )
+        as_text = pa.schema([(field.name, pa.string()) for field in types if pa.types.is_timestamp(field.type)])
+        if len(as_text):  # text that looks like a date stays text
+            content.seek(0)
+            table = pj.read_json(content, read_options=options, parse_options=pj.ParseOptions(explicit_schema=as_text))
+    except pa.ArrowInvalid as error:
+        # a column, wanted or not, has values of different types: read the wanted ones, with types found by hand
+        if columns is None:
+            raise
+        schema = _infer_types(lines, columns, error)
+        content.seek(0)
+        only = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+        table = pj.read_json(content, read_options=options, parse_options=only)
     if columns is None:
         return _floats(table)
     missing = [name for name in columns if name not in table.column_names]
     for name in missing:
         table = table.append_column(name, pa.nulls(table.num_rows))
     return _floats(table.select(list(columns)))
+
+
+def _schema_of(lines: list[bytes]) -> pa.Schema:
+    try:
+        return _parse_lines(lines, None).schema
+    except pa.ArrowInvalid as error:
+        return _infer_types(lines, None, error)
+
+
+def _infer_types(lines: list[bytes], columns: Sequence[str] | None, error: Exception) -> pa.Schema:
+    """Types of JSON columns; a union where values differ, if all columns are asked for. Raises `error` if not JSON."""
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError:
+        raise error from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise error
+    names = dict.fromkeys(name for row in rows for name in row) if columns is None else columns
+    fields = []
+    for name in names:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        try:
+            found = pa.array(values).type
+            if pa.types.is_list(found) and pa.types.is_integer(found.value_type):
+                found = pa.list_(pa.float64())
+        except (pa.ArrowException, OverflowError):
+            if columns is not None:
+                raise error from None
+            kinds = sorted({type(value).__name__ for value in values})
+            found = pa.sparse_union([pa.field(kind, pa.null()) for kind in kinds])
+        if values or columns is None:
+            fields.append(pa.field(name, found))
+    return pa.schema(fields)
 
 
 def _floats(table: pa.Table) -> pa.Table:
@@ -345,7 +404,10 @@ class NpyFormat:
     ) -> Iterator[pa.RecordBatch]:
         low, high = span.row_in_file, span.row_in_file + span.n_rows
         position = 0
-        with storage.open(self.metadata_path(storage, span.path)) as source, pq.ParquetFile(source) as parquet:
+        with (
+            storage.open(self.metadata_path(storage, span.path)) as source,
+            pq.ParquetFile(source, pre_buffer=False, buffer_size=PAGE_BUFFER) as parquet,
+        ):
             if columns == []:
                 columns = parquet.schema_arrow.names[:1]
             for batch in parquet.iter_batches(batch_rows, columns=columns, use_threads=False):

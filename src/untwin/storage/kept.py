@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from types import TracebackType
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from untwin.storage.files import Storage
-from untwin.storage.inputs import NpyFormat, naming_file
+from untwin.storage.inputs import JsonLinesFormat, NpyFormat, naming_file
 
 _ROW_GROUP_BYTES = 32 << 20
 
@@ -22,7 +23,7 @@ class KeptWriter(ABC):
 
     Args:
         storage: Where to.
-        path: Final path without its ending.
+        path: Final path; without an ending it gets that of the format.
         source_path: An input file whose encoding is taken over.
     """
 
@@ -115,7 +116,10 @@ class ParquetKept(KeptWriter):
         self._held, self._held_bytes = [], 0
 
     def _open(self) -> None:
-        path = f"{self._path}.parquet" if not self.files else f"{self._path}-{len(self.files)}.parquet"
+        stem, ending = posixpath.splitext(self._path)
+        # "_" sorts behind ".", so that the order of the names is that of the rows
+        more = f"_{len(self.files):05d}" if self.files else ""
+        path = f"{stem}{more}{ending or '.parquet'}"
         with naming_file(self._source_path), self._source_storage.open(self._source_path) as source:
             codec, encoded = _encoding(pq.read_metadata(source))
         sink = self._stack.enter_context(self._storage.writing(path, durable=True))
@@ -151,9 +155,7 @@ def _encoding(metadata: pq.FileMetaData) -> tuple[str, list[str]]:
         codec = {"uncompressed": "none", "lz4_raw": "lz4"}.get(name, name)
     leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
     numbers = [
-        leaf.path
-        for leaf in leaves
-        if leaf.physical_type in ("FLOAT", "DOUBLE") or leaf.logical_type.type == "FLOAT16"
+        leaf.path for leaf in leaves if leaf.physical_type in ("FLOAT", "DOUBLE") or leaf.logical_type.type == "FLOAT16"
     ]
     return codec, [leaf.path for leaf in leaves if leaf.path not in numbers]
 
@@ -174,7 +176,9 @@ class LinesKept(KeptWriter):
 
     def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str) -> None:
         super().__init__(storage, path, source_storage, source_path)
-        name = f"{path}.{source_path.rpartition('.')[2]}"
+        ending = posixpath.splitext(source_path)[1]
+        known = ending if ending in JsonLinesFormat.suffixes else JsonLinesFormat.suffixes[0]
+        name = path if posixpath.splitext(path)[1] else path + known
         self._sink = self._stack.enter_context(storage.writing(name, durable=True))
         self.files.append(name)
 
@@ -201,7 +205,7 @@ class NpyKept(KeptWriter):
     def finish(self) -> None:
         """Write both files."""
         column = NpyFormat.embedding_column
-        folder, _, name = self._path.rpartition("/")
+        folder, _, name = posixpath.splitext(self._path)[0].rpartition("/")
         number = name.rpartition("_")[2].rpartition("-")[2]
         arrays, metadata = f"{folder}/img_emb_{number}.npy", f"{folder}/metadata_{number}.parquet"
         self._write_vectors(arrays, column)
@@ -221,7 +225,11 @@ class NpyKept(KeptWriter):
             dtype, dim = np.dtype(kind.value_type.to_pandas_dtype()), int(kind.list_size)
         else:
             dtype, dim = np.dtype(np.float32), 0
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (self.n_rows, dim)}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": (self.n_rows, dim),
+        }
         with self._storage.writing(path, durable=True) as sink:
             np.lib.format.write_array_header_1_0(sink, header)
             for batch in self._parts:

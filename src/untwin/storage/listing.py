@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from untwin.errors import ChangedInputError, InputNotFoundError, ParameterError, SchemaError
-from untwin.storage.columns import common_id_type, embedding_dim, id_type, list_lengths
+from untwin.storage.columns import common_id_type, embedding_dim, id_type, list_lengths, without_views
 from untwin.storage.files import FoundFile, Storage, is_remote, normalize_path, redact
 from untwin.storage.inputs import FileFacts, InputFormat, Span, input_format
 
-_CURATOR_SUFFIX = "_embd_parquet"
+_CURATOR_FOLDER = re.compile(r"[^_]+_embd(_[^_]+)?_parquet")
 _CURATOR_PREFIXES = {"internvideo2": "iv2", "cosmos-embed1": "ce1"}
 _PEEKED_ROWS = 1000
 
@@ -127,9 +128,7 @@ class Listing:
 
     def write(self, storage: Storage, path: str) -> None:
         """Write the listing as Parquet."""
-        empty = pa.schema(
-            [("id", self.id_type), *((f"m{i}", kind) for i, kind in enumerate(self.metadata_types))]
-        )
+        empty = pa.schema([("id", self.id_type), *((f"m{i}", kind) for i, kind in enumerate(self.metadata_types))])
         facts = {b"untwin.filetype": self.filetype.encode(), b"untwin.dim": str(self.dim).encode()}
         facts[b"untwin.types"] = base64.b64encode(empty.serialize().to_pybytes())
         with storage.writing(path) as sink:
@@ -253,12 +252,14 @@ def _find(
     if not inputs:
         raise InputNotFoundError("no input path given")
     for given in inputs:
-        for path in _expand(storage, given):
+        for path in _expand(storage, given, exclude):
             if storage.is_folder(path):
                 folder = _curator_folder(storage, path)
                 below = [file for file in storage.find(folder) if not _is_ours(file.path, folder, exclude)]
                 chosen = (
-                    [file for file in below if file.path.lower().endswith(endings)] if endings else format_.select(below)
+                    [file for file in below if file.path.lower().endswith(endings)]
+                    if endings
+                    else format_.select(below)
                 )
                 if not chosen:
                     wanted = " ".join(f"*{ending}" for ending in endings or format_.suffixes)
@@ -273,7 +274,10 @@ def _find(
     pairs = [found[path] for path in sorted(found)]
     taken = Counter(relative for _, relative in pairs)
     return [
-        (file, relative if taken[relative] == 1 else posixpath.join(_folder_name(file.path, relative), relative))
+        (
+            file,
+            relative if taken[relative] == 1 else posixpath.join(_folder_name(file.path, relative), relative),
+        )
         for file, relative in pairs
     ]
 
@@ -284,11 +288,12 @@ def _folder_name(path: str, relative: str) -> str:
     return f"{posixpath.basename(root) or 'input'}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
 
 
-def _expand(storage: Storage, given: str) -> list[str]:
+def _expand(storage: Storage, given: str, exclude: Sequence[str]) -> list[str]:
     path = normalize_path(given)
     if not any(character in path for character in "*?[") or storage.exists(path):
         return [path]
-    matches = storage.glob(path)
+    fixed = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+    matches = [match for match in storage.glob(path) if not _is_ours(match, fixed, exclude)]
     if not matches:
         raise InputNotFoundError(f"{redact(path)}: the pattern matches nothing")
     return matches
@@ -304,7 +309,7 @@ def _is_ours(path: str, folder: str, exclude: Sequence[str]) -> bool:
 
 def _curator_folder(storage: Storage, folder: str) -> str:
     """The embeddings folder in an output folder of a Curator pipeline; else the folder itself."""
-    names = [name for name in storage.names(folder) if name.endswith(_CURATOR_SUFFIX)]
+    names = [name for name in storage.names(folder) if _CURATOR_FOLDER.fullmatch(name)]
     separator = "/"
     if not names:
         return folder
@@ -315,11 +320,13 @@ def _curator_folder(storage: Storage, folder: str) -> str:
     if storage.exists(summary):
         content: Any = storage.read_json(summary)
         algorithm = str(content.get("embedding_algorithm", "")) if isinstance(content, dict) else ""
+    model, variant = algorithm, ""
     for known, prefix in _CURATOR_PREFIXES.items():
-        if algorithm.startswith(known) and prefix + _CURATOR_SUFFIX in names:
-            return folder + separator + prefix + _CURATOR_SUFFIX
-    if algorithm and algorithm + _CURATOR_SUFFIX in names:
-        return folder + separator + algorithm + _CURATOR_SUFFIX
+        if algorithm.startswith(known):
+            model, variant = prefix, algorithm.removeprefix(known).replace("-", "_")
+    for name in (f"{model}_embd{variant}_parquet", f"{model}_embd_parquet"):
+        if name in names:
+            return folder + separator + name
     raise ParameterError(
         f"{redact(folder)}: holds several sets of embeddings ({', '.join(names)}), and its summary.json does not "
         "say which one is meant; give one of these folders as the input"
@@ -347,14 +354,16 @@ def _check_schemas(
                 )
             if fact.schema.names.count(name) > 1:
                 raise SchemaError(f"{redact(path)}: more than one column is called {name!r}")
-        found = id_type(fact.schema.field(fields.id_field).type)
-        if found is None:
+        # a column of nulls only fits any type: its rows are rejected
+        id_kind = fact.schema.field(fields.id_field).type
+        found = ids if pa.types.is_null(id_kind) else id_type(id_kind)
+        if found is None and not pa.types.is_null(id_kind):
             raise SchemaError(
-                f"{redact(path)}: column {fields.id_field!r} has type {fact.schema.field(fields.id_field).type}; "
+                f"{redact(path)}: column {fields.id_field!r} has type {id_kind}; "
                 "an id is a string, an integer or fixed-size binary"
             )
-        common = found if ids is None else common_id_type(ids, found)
-        if common is None:
+        common = found if ids is None or found is None else common_id_type(ids, found)
+        if common is None and found is not None:
             raise SchemaError(
                 f"column {fields.id_field!r} is {ids} in {redact(first_path)} but {found} in {redact(path)}; "
                 "bring the ids to one type"
@@ -362,11 +371,13 @@ def _check_schemas(
         ids, first_path = common, first_path or path
         if not fields.embedding_field:
             continue
+        vector_kind = fact.schema.field(fields.embedding_field).type
         try:
-            dims[embedding_dim(fact.schema.field(fields.embedding_field).type)] += 1
+            if not pa.types.is_null(vector_kind):
+                dims[embedding_dim(vector_kind)] += 1
         except SchemaError as error:
             raise SchemaError(f"{redact(path)}: column {fields.embedding_field!r} {error}") from None
-        types = [fact.schema.field(name).type for name in fields.metadata_fields]
+        types = [without_views(fact.schema.field(name).type) for name in fields.metadata_fields]
         if not metadata_types:
             metadata_types = types
         for index, (name, known, new) in enumerate(zip(fields.metadata_fields, metadata_types, types, strict=True)):
@@ -387,9 +398,7 @@ def _check_schemas(
 
 def _common_metadata_type(known: pa.DataType, new: pa.DataType) -> pa.DataType | None:
     try:
-        unified = pa.unify_schemas(
-            [pa.schema([("x", known)]), pa.schema([("x", new)])], promote_options="permissive"
-        )
+        unified = pa.unify_schemas([pa.schema([("x", known)]), pa.schema([("x", new)])], promote_options="permissive")
     except pa.ArrowException:
         return None
     return unified.field("x").type

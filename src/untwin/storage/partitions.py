@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from untwin.errors import InputNotFoundError, SchemaError
-from untwin.storage.columns import embedding_dim
+from untwin.storage.columns import embedding_dim, half_floats
 from untwin.storage.files import FoundFile, Storage, join, redact
-from untwin.storage.inputs import naming_file
+from untwin.storage.inputs import PAGE_BUFFER, naming_file
 
 ROW = "_row"
 _FOLDER = re.compile(r"^centroid=(\d+)$")
@@ -38,7 +38,12 @@ def write_partition(storage: Storage, path: str, schema: pa.Schema, tables: Iter
     with (
         storage.writing(path) as sink,
         pq.ParquetWriter(
-            sink, schema, compression="none", use_dictionary=False, write_statistics=encoded, store_schema=True
+            sink,
+            schema,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=encoded,
+            store_schema=True,
         ) as writer,
     ):
         for table in tables:
@@ -47,23 +52,53 @@ def write_partition(storage: Storage, path: str, schema: pa.Schema, tables: Iter
     return n_rows
 
 
-def hold(tables: dict[str, pa.Table]) -> None:
+def hold(storage: Storage, tables: dict[str, pa.Table]) -> None:
     """Keep the partitions that this thread has just written, for the stage that reads them next in this thread."""
-    _held.tables = tables
+    _held.tables = {path: (storage.stat(path), table) for path, table in tables.items()}
 
 
 def read_partition(storage: Storage, paths: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of a cluster, from memory if this thread has just written them."""
     tables = getattr(_held, "tables", None) or {}
-    held = tables.pop(paths[0], None) if len(paths) == 1 else None
-    if held is not None:
+    written, held = tables.pop(paths[0], (None, None)) if len(paths) == 1 else (None, None)
+    if held is not None and storage.stat(paths[0]) == written:
+        _require(held.schema, columns or (), paths[0])
         return held if columns is None else held.select(list(columns))
     parts = []
     for path in paths:
         with naming_file(path), storage.open(path) as source, pq.ParquetFile(source) as parquet:
             _require(parquet.schema_arrow, columns or (), path)
             parts.append(parquet.read(columns=None if columns is None else list(columns), use_threads=False))
-    return pa.concat_tables(parts, promote_options="permissive") if len(parts) > 1 else parts[0]
+    return concat_tables(parts, paths[0])
+
+
+def concat_tables(tables: Sequence[pa.Table], path: str) -> pa.Table:
+    """Put the rows of several files together; the same values in columns of different widths are one column.
+
+    Args:
+        tables: At least one.
+        path: One of the files, for messages.
+
+    Raises:
+        SchemaError: A column means different things in different files.
+    """
+    if len(tables) == 1:
+        return tables[0]
+    if any(table.schema.types != tables[0].schema.types for table in tables):
+        tables = [_without_dictionaries(table) for table in tables]
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        folder = path.rpartition("/")[0]
+        raise SchemaError(f"{redact(folder)}: its files do not fit together ({error})") from error
+
+
+def _without_dictionaries(table: pa.Table) -> pa.Table:
+    for index, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            plain = field.with_type(field.type.value_type)
+            table = table.set_column(index, plain, table.column(index).cast(plain.type))
+    return table
 
 
 def iterate_partition(
@@ -74,7 +109,7 @@ def iterate_partition(
         with (
             naming_file(path),
             storage.open(path) as source,
-            pq.ParquetFile(source, buffer_size=1 << 20) as parquet,
+            pq.ParquetFile(source, pre_buffer=False, buffer_size=PAGE_BUFFER) as parquet,
         ):
             _require(parquet.schema_arrow, columns, path)
             yield from parquet.iter_batches(batch_rows, columns=list(columns), use_threads=False)
@@ -116,7 +151,7 @@ def partition_facts(storage: Storage, path: str, embedding_field: str) -> tuple[
         schema = parquet.schema_arrow
         _require(schema, [embedding_field], path)
         try:
-            dim = embedding_dim(schema.field(embedding_field).type)
+            dim = embedding_dim(half_floats(pa.array([], schema.field(embedding_field).type)).type)
         except SchemaError as error:
             raise SchemaError(f"{redact(path)}: column {embedding_field!r} {error}") from None
         return parquet.metadata.num_rows, dim, schema.names

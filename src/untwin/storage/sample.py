@@ -30,11 +30,12 @@ def write_sample(storage: Storage, path: str, batches: Sequence[pa.RecordBatch])
 
 def read_hashes(storage: Storage, path: str, n_batches: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Hashes and vector lengths of a part's rows."""
-    batches = [read_batch(storage, path, number) for number in range(n_batches)]
-    hashes = [batch.column(0).to_numpy() for batch in batches]
-    lengths = [list_lengths(batch.column(1)) for batch in batches]
-    if not batches:
-        return np.empty(0, np.uint64), np.empty(0, np.int64)
+    hashes, lengths = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    for number in range(n_batches):
+        batch = read_batch(storage, path, number)
+        # copied: a view would keep the batch, and with it its vectors, in memory
+        hashes.append(batch.column(0).to_numpy().copy())
+        lengths.append(list_lengths(batch.column(1)).copy())
     return np.concatenate(hashes), np.concatenate(lengths)
 
 

@@ -62,9 +62,7 @@ def write_shard(
 
 def shard_schema(columns: pa.Schema, dim: int) -> pa.Schema:
     """The schema of a shard: other columns, then the cluster, then the vector."""
-    return columns.append(pa.field("_centroid", pa.int32())).append(
-        pa.field("_vector", pa.list_(pa.float32(), dim))
-    )
+    return columns.append(pa.field("_centroid", pa.int32())).append(pa.field("_vector", pa.list_(pa.float32(), dim)))
 
 
 def read_group(storage: Storage, paths: Sequence[str], group: int) -> Iterator[pa.RecordBatch]:

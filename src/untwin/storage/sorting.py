@@ -51,18 +51,18 @@ def merge_sorted(storage: Storage, paths: Sequence[str], keys: Sequence[str], me
     pool = pa.chunked_array(samples).combine_chunks()
     pool = pool.take(pc.sort_indices(pool)).drop_null().unique()
     ranges = min(len(pool), max(1, -(-n_bytes * 6 // memory)))
-    bounds = pool.take(pa.array(np.linspace(0, len(pool), ranges, endpoint=False, dtype=np.int64)))
-    for number in range(len(bounds)):
+    bounds = pool.take(pa.array(np.linspace(0, len(pool), ranges, endpoint=False, dtype=np.int64)))[1:]
+    field = pc.field(key)
+    for number in range(len(bounds) + 1):
         condition = None
-        field = pc.field(key)
         if number > 0:
-            condition = field >= bounds[number]
-        if number + 1 < len(bounds):
-            upper = field < bounds[number + 1]
+            condition = field >= bounds[number - 1]
+        if number < len(bounds):
+            upper = field < bounds[number]
             condition = upper if condition is None else condition & upper
-        else:
+        elif condition is not None:
             # the last range also has the nulls
-            condition = field.is_null() if condition is None else condition | field.is_null()
+            condition |= field.is_null()
         parts = [_read(storage, path, condition) for path, (rows, _) in zip(paths, facts, strict=True) if rows]
         table = pa.concat_tables(parts)
         if table.num_rows:
@@ -76,8 +76,6 @@ def _facts(storage: Storage, path: str) -> tuple[int, int]:
         return metadata.num_rows, size
 
 
-def _read(
-    storage: Storage, path: str, condition: pc.Expression | None, columns: list[str] | None = None
-) -> pa.Table:
+def _read(storage: Storage, path: str, condition: pc.Expression | None, columns: list[str] | None = None) -> pa.Table:
     with naming_file(path), storage.open(path) as source:
         return pq.read_table(source, columns=columns, filters=condition, use_threads=False, partitioning=None)

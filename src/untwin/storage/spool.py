@@ -37,6 +37,8 @@ class VectorFile:
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows by number, in the order given."""
         out = np.empty((len(rows), self.dim), np.float32)
+        if not len(rows):
+            return out
         self._vectors.flush()
         width = 4 * self.dim
         order = np.argsort(rows, kind="stable")

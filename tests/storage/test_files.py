@@ -1,0 +1,222 @@
+"""Local files: whole or not there; and reading ahead in a thread."""
+
+import errno
+import os
+import threading
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from untwin.errors import MissingExtraError, ParameterError, ResourceError
+from untwin.storage.files import Storage, is_remote, join, normalize_path, read_ahead, redact
+
+STORAGE = Storage()
+
+
+def write(path, content, **options):
+    with STORAGE.writing(str(path), **options) as sink:
+        sink.write(content)
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_appears_when_it_is_complete(tmp_path, durable):
+    path = tmp_path / "new/folder/file"
+    with STORAGE.writing(str(path), durable=durable) as sink:
+        sink.write(b"half")
+        assert not path.exists()
+        (other,) = path.parent.iterdir()
+        assert other.name.startswith("_tmp-")
+        sink.write(b" and half")
+    assert path.read_bytes() == b"half and half"
+    assert [found.name for found in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.EIO, "broken")])
+def test_a_failing_writer_leaves_nothing_and_an_older_file_as_it_was(tmp_path, error):
+    for older in (False, True):
+        path = tmp_path / "file"
+        if older:
+            path.write_bytes(b"older")
+        with pytest.raises(type(error)) as caught, STORAGE.writing(str(path)) as sink:
+            sink.write(b"new and not complete")
+            raise error
+        assert caught.value is error
+        assert [found.name for found in tmp_path.iterdir()] == (["file"] if older else [])
+    assert path.read_bytes() == b"older"
+
+
+def test_a_parquet_writer_that_fails_leaves_nothing(tmp_path):
+    schema = pa.schema([("x", pa.int64())])
+    wrong = pa.table({"y": ["text"]})
+    with (
+        pytest.raises(ValueError, match="schema"),
+        STORAGE.writing(str(tmp_path / "x.parquet")) as sink,
+        pq.ParquetWriter(sink, schema) as writer,
+    ):
+        writer.write_table(pa.table({"x": range(10)}, schema=schema))
+        writer.write_table(wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_explained(tmp_path):
+    with (
+        pytest.raises(ResourceError, match=r"file: no space left on the device; make room"),
+        STORAGE.writing(str(tmp_path / "file")),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writers_of_the_same_name_do_not_mix(tmp_path):
+    path = tmp_path / "file"
+    contents = [bytes([65 + number]) * 300_000 for number in range(8)]
+    threads = [threading.Thread(target=write, args=(path, content)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in contents
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_reading_ranges_names_and_sizes(tmp_path):
+    write(tmp_path / "b/x", b"0123456789")
+    write(tmp_path / "a", b"a")
+    assert STORAGE.read_range(str(tmp_path / "b/x"), 3, 4) == b"3456"
+    assert STORAGE.read_bytes(str(tmp_path / "b/x")) == b"0123456789"
+    assert STORAGE.names(str(tmp_path)) == ["a", "b"]
+    assert STORAGE.names(str(tmp_path / "missing")) == []
+    assert STORAGE.stat(str(tmp_path / "b/x")).size == 10
+    assert sorted(file.path for file in STORAGE.find(str(tmp_path))) == [str(tmp_path / "a"), str(tmp_path / "b/x")]
+    assert STORAGE.glob(str(tmp_path / "**/x")) == [str(tmp_path / "b/x")]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    write(tmp_path / "in/x", b"x")
+    (tmp_path / "in/again").symlink_to(tmp_path / "in", target_is_directory=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/link").symlink_to(tmp_path / "in", target_is_directory=True)
+    assert [file.path for file in STORAGE.find(str(tmp_path / "in"))] == [str(tmp_path / "in/x")]
+    assert [file.path for file in STORAGE.find(str(tmp_path / "other"))] == [str(tmp_path / "other/link/x")]
+
+
+def test_removing_a_link_leaves_what_it_points_to(tmp_path):
+    write(tmp_path / "data/x", b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "data", target_is_directory=True)
+    STORAGE.remove(str(tmp_path / "link"))
+    STORAGE.remove(str(tmp_path / "nothing"))
+    assert (tmp_path / "data/x").exists()
+    assert not (tmp_path / "link").exists()
+
+
+def test_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert normalize_path("x/y") == str(tmp_path / "x/y")
+    assert normalize_path(f"file://{tmp_path}/x") == str(tmp_path / "x")
+    assert normalize_path("s3://bucket/folder/") == "s3://bucket/folder"
+    assert join("s3://bucket/folder", "a", "b") == "s3://bucket/folder/a/b"
+    assert is_remote("s3://b/x")
+    assert not is_remote("/x")
+    assert not is_remote("file:///x")
+    assert redact("ftp://user:secret@host/x") == "ftp://host/x"
+    assert redact("s3://bucket/a@b") == "s3://bucket/a@b"
+
+
+def test_an_unknown_protocol_and_an_unwritable_option_are_the_users_mistake():
+    with pytest.raises(ParameterError, match="nosuch:// is not a file system"):
+        STORAGE.exists("nosuch://x/y")
+    with pytest.raises(ParameterError, match="storage_options holds an object"):
+        Storage({"session": object()}).exists("memory://x")
+
+
+def test_options_do_not_show_in_a_storage_that_is_printed():
+    assert "hunter2" not in repr(Storage({"secret": "hunter2"}))
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    def fail(*_, **__):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.filesystem", fail)
+    with pytest.raises(MissingExtraError, match=r"s3:// paths need .* pip install 'untwin\[s3\]'"):
+        Storage({"probe": "missing package"}).exists("s3://bucket/x")
+
+
+# ---- reading ahead ----------------------------------------------------------------------------------------------
+
+
+def ahead_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "untwin-read-ahead"]
+
+
+def test_read_ahead_gives_every_item_in_order_and_ends_its_thread():
+    assert list(read_ahead(lambda: iter(range(100)))) == list(range(100))
+    assert ahead_threads() == []
+
+
+def test_read_ahead_is_never_more_than_its_depth_ahead():
+    produced = []
+
+    def produce():
+        for number in range(50):
+            produced.append(number)
+            yield number
+
+    items = read_ahead(produce, depth=3)
+    for number in range(5):
+        assert next(items) == number
+        time.sleep(0.02)
+        # those taken, those that wait, and one in the hand of the thread
+        assert len(produced) <= number + 1 + 3 + 1
+    items.close()
+    assert ahead_threads() == []
+    assert len(produced) < 50
+
+
+def test_read_ahead_passes_an_error_on_unchanged_after_what_came_before_it():
+    error = RuntimeError("damaged")
+
+    def produce():
+        yield 1
+        yield 2
+        raise error
+
+    items = read_ahead(produce)
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(RuntimeError) as caught:
+        next(items)
+    assert caught.value is error
+    assert ahead_threads() == []
+
+
+def test_read_ahead_lets_the_producer_clean_up_when_the_consumer_stops():
+    closed = threading.Event()
+
+    def produce():
+        try:
+            yield from range(1000)
+        finally:
+            closed.set()
+
+    with pytest.raises(KeyError):
+        for number in read_ahead(produce):
+            if number == 3:
+                raise KeyError
+    # the generator of the loop is closed when nothing refers to it any more
+    deadline = time.monotonic() + 5
+    while ahead_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ahead_threads() == []
+    assert closed.is_set()
+
+
+def test_open_files_are_closed(tmp_path):
+    write(tmp_path / "x", b"abc")
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None  # noqa: PTH112, PTH208
+    for _ in range(50):
+        STORAGE.read_bytes(str(tmp_path / "x"))
+        STORAGE.read_range(str(tmp_path / "x"), 0, 1)
+    if before is not None:
+        assert len(os.listdir("/proc/self/fd")) <= before + 1  # noqa: PTH208

@@ -1,0 +1,99 @@
+"""Shards and the row sample: what was written comes back, by group and by block."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from untwin.errors import DamagedFileError
+from untwin.storage.columns import matrix_of
+from untwin.storage.files import Storage
+from untwin.storage.sample import SampleBlocks, read_hashes, sample_batch, write_sample
+from untwin.storage.shards import read_batches, read_group, write_shard
+
+STORAGE = Storage()
+
+
+def test_a_group_holds_the_rows_of_its_clusters_from_every_shard_in_order(tmp_path):
+    rng = np.random.default_rng(0)
+    n_clusters, group_of = 7, np.array([0, 0, 1, 1, 1, 2, 3], np.int32)
+    rows = []
+    paths = []
+    for number, n in enumerate((40, 1, 25)):
+        labels = rng.choice([0, 1, 2, 4, 6], n).astype(np.int32)  # groups 2 has no row
+        vectors = rng.normal(size=(n, 3)).astype(np.float32)
+        ids = [f"{number}-{at}" for at in range(n)]
+        side = pa.table({"id": ids, "extra": pa.array([[at] for at in range(n)])})
+        paths.append(str(tmp_path / f"{number}.arrow"))
+        counts = write_shard(STORAGE, paths[-1], side, vectors, labels, group_of, 4)
+        assert counts.tolist() == np.bincount(labels, minlength=n_clusters).tolist()
+        rows += [
+            {"id": own, "extra": [at], "label": int(label), "vector": vector.tolist()}
+            for at, (own, label, vector) in enumerate(zip(ids, labels, vectors, strict=True))
+        ]
+    n_seen = 0
+    for group in range(4):
+        batches = list(read_group(STORAGE, paths, group))
+        assert len(batches) == 3
+        for number, batch in enumerate(batches):
+            assert batch.schema.names == ["id", "extra", "_centroid", "_vector"]
+            wanted = [row for row in rows if group_of[row["label"]] == group and row["id"].startswith(f"{number}-")]
+            wanted.sort(key=lambda row: row["label"])  # stable: the order of the input inside a cluster
+            got = batch.to_pylist()
+            assert [(row["id"], row["extra"], row["_centroid"], row["_vector"]) for row in got] == [
+                (row["id"], row["extra"], row["label"], row["vector"]) for row in wanted
+            ]
+            n_seen += len(got)
+    assert n_seen == 66
+
+
+def test_a_shard_of_a_chunked_table_with_several_batches(tmp_path):
+    side = pa.concat_tables([pa.table({"id": ["a", "b"]}), pa.table({"id": ["c"]})])
+    vectors = np.arange(6, dtype=np.float32).reshape(3, 2)
+    path = str(tmp_path / "x.arrow")
+    write_shard(STORAGE, path, side, vectors, np.array([1, 0, 1], np.int32), np.array([0, 0], np.int32), 1)
+    (batch,) = read_batches(STORAGE, path)
+    assert batch.column("id").to_pylist() == ["b", "a", "c"]
+    np.testing.assert_array_equal(matrix_of(batch.column("_vector")), vectors[[1, 0, 2]])
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    path = tmp_path / "x.arrow"
+    path.write_bytes(b"ARROW1 and then nothing of use")
+    with pytest.raises(DamagedFileError, match=r"x\.arrow: cannot be read"):
+        list(read_batches(STORAGE, str(path)))
+
+
+def test_sample_blocks_are_the_rows_of_the_wanted_length_with_small_hashes(tmp_path):
+    rng = np.random.default_rng(1)
+    parts, hashes, vectors = [], [], []
+    for number in range(3):
+        batches = []
+        for dim, n in ((4, 10), (3, 5), (4, 1)):
+            some = rng.integers(0, 2**63, n).astype(np.uint64) * np.uint64(2)
+            X = rng.normal(size=(n, dim)).astype(np.float32)
+            batches.append(sample_batch(some, X))
+            if dim == 4:
+                hashes.append(some)
+                vectors.append(X)
+        path = str(tmp_path / f"{number}.arrow")
+        write_sample(STORAGE, path, batches)
+        parts.append((path, len(batches)))
+        read, lengths = read_hashes(STORAGE, path, len(batches))
+        assert len(read) == 16
+        assert lengths.tolist() == [4] * 10 + [3] * 5 + [4]
+    hashes, vectors = np.concatenate(hashes), np.concatenate(vectors)
+    highest = int(np.sort(hashes)[20])
+    chosen = hashes <= highest
+    blocks = SampleBlocks(STORAGE, parts, 4, highest, int(chosen.sum()))
+    assert (len(blocks), blocks.dim, blocks.n_rows) == (9, 4, 21)
+    read = [blocks.block(index) for index in range(len(blocks))]
+    np.testing.assert_array_equal(np.concatenate([X for X, _ in read]), vectors[chosen])
+    np.testing.assert_array_equal(np.concatenate([h for _, h in read]), hashes[chosen])
+    assert all(X.flags.c_contiguous and X.dtype == np.float32 for X, _ in read)
+
+
+def test_an_empty_part_of_the_sample_has_no_hashes(tmp_path):
+    path = str(tmp_path / "x.arrow")
+    write_sample(STORAGE, path, [])
+    hashes, lengths = read_hashes(STORAGE, path, 0)
+    assert len(hashes) == len(lengths) == 0

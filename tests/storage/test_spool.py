@@ -1,0 +1,89 @@
+"""Vectors on the disk behave as they do in memory."""
+
+import numpy as np
+import pytest
+
+from untwin.core import RankedArray, match_ranked, memory_stores, normalize
+from untwin.storage.spool import RankedFile, VectorFile, scratch_folder
+
+
+@pytest.fixture
+def rows():
+    X, _ = normalize(np.random.default_rng(0).normal(size=(101, 5)))
+    return X
+
+
+def filled(X, folder, step=17):
+    file = VectorFile(str(folder), X.shape[1])
+    for low in range(0, len(X), step):
+        part = X[low : low + step]
+        file.append(part, np.arange(low, low + len(part)) * 3)
+    return file
+
+
+def test_tiles_give_all_rows_in_order_with_their_positions(tmp_path, rows):
+    with filled(rows, tmp_path) as file:
+        assert file.n_rows == 101
+        for size in (1, 7, 101, 500):
+            tiles = list(file.tiles(size))
+            assert max(len(X) for X, _ in tiles) <= size
+            np.testing.assert_array_equal(np.concatenate([X for X, _ in tiles]), rows)
+            np.testing.assert_array_equal(np.concatenate([p for _, p in tiles]), np.arange(101) * 3)
+            assert all(X.flags.c_contiguous for X, _ in tiles)
+
+
+def test_reading_and_writing_may_alternate(tmp_path, rows):
+    with VectorFile(str(tmp_path), 5) as file:
+        for at in range(20):
+            file.append(rows[at : at + 1], np.array([at]))
+            np.testing.assert_array_equal(file.take(np.array([at, 0])), rows[[at, 0]])
+            X, positions = next(file.tiles(50))
+            np.testing.assert_array_equal(X, rows[: at + 1])
+            assert positions.tolist() == list(range(at + 1))
+
+
+def test_take_gives_rows_in_the_order_asked_for(tmp_path, rows):
+    rng = np.random.default_rng(1)
+    with filled(rows, tmp_path) as file:
+        for some in ([], [0], [100], [5, 4, 3], [7, 7, 8, 7], rng.permutation(101), rng.integers(0, 101, 300)):
+            wanted = np.array(some, np.int64)
+            np.testing.assert_array_equal(file.take(wanted), rows[wanted])
+
+
+def test_a_ranked_file_is_a_ranked_array(tmp_path, rows):
+    order = np.random.default_rng(2).permutation(101)
+    with filled(rows, tmp_path) as file:
+        on_disk, in_memory = RankedFile(file, order), RankedArray(rows, order)
+        assert (on_disk.n, on_disk.dim) == (in_memory.n, in_memory.dim) == (101, 5)
+        for low, high in ((0, 101), (3, 40), (100, 101), (0, 1)):
+            np.testing.assert_array_equal(on_disk.take(low, high), in_memory.take(low, high))
+
+
+@pytest.mark.parametrize("compare_to", ["kept", "ranked"])
+def test_matching_with_stores_on_the_disk_gives_the_same_bits(tmp_path, rows, compare_to):
+    X = np.concatenate([rows, rows[::4], rows[::4]])
+    order = np.random.default_rng(3).permutation(len(X))
+    files = []
+
+    def stores(_, dim):
+        files.extend([VectorFile(str(tmp_path), dim), VectorFile(str(tmp_path), dim)])
+        return files[0], files[1]
+
+    with filled(X, tmp_path) as file:
+        options = {"eps": 0.2, "compare_to": compare_to, "batch_size": 16}
+        disk = match_ranked(RankedFile(file, order), store_factory=stores, **options)
+    memory = match_ranked(RankedArray(X, order), store_factory=memory_stores, **options)
+    for name in ("score", "match", "kept_score", "kept_match", "duplicate"):
+        np.testing.assert_array_equal(getattr(disk, name), getattr(memory, name))
+    assert memory.duplicate.sum() >= 52
+    assert files[0].n_rows > 0
+    for store in files:
+        store.close()
+
+
+def test_nothing_is_left_on_the_disk(tmp_path, rows):
+    folder = scratch_folder(str(tmp_path / "_work"), remote=False)
+    with filled(rows, folder):
+        pass
+    assert list((tmp_path / "_work").iterdir()) == []
+    assert scratch_folder("s3://bucket/_work", remote=True) is None
