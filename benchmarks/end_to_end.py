@@ -84,9 +84,7 @@ def copy_folder(source: Path, target: Path) -> None:
                 use_dictionary=dictionary or False,
             ) as writer:
                 for k in range(groups):
-                    writer.write_table(
-                        file.read_row_group(k), row_group_size=file.metadata.row_group(k).num_rows
-                    )
+                    writer.write_table(file.read_row_group(k), row_group_size=file.metadata.row_group(k).num_rows)
 
 
 # --- measuring
@@ -152,9 +150,7 @@ def measure(command: list[str], output: Path) -> Measured:
     os.sync()  # what was written before must not be written to disk at this command's cost
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         started = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=_environment()
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=_environment())
         peak = 0
         try:
             while True:
@@ -303,10 +299,7 @@ def benchmark(
             "output_files": measured[-1].files,
             "output_bytes": measured[-1].bytes,
             "output_folders": measured[-1].folders,
-            "runs": [
-                {key: asdict(run)[key] for key in ("seconds", "cpu_seconds", "peak_bytes")}
-                for run in measured
-            ],
+            "runs": [{key: asdict(run)[key] for key in ("seconds", "cpu_seconds", "peak_bytes")} for run in measured],
         }
     result["untwin"]["run_json"] = runs["untwin"][-1].report
     return result
@@ -370,9 +363,7 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000, help="rows of the data sets (%(default)s)")
     parser.add_argument("--dim", type=int, default=384, help="dimension (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data (%(default)s)")
@@ -450,8 +441,7 @@ def main() -> int:
             "machine": about,
             "removed_from_environment": {name: set_here.get(name) for name in _REMOVED},
             "parameters": {
-                name: getattr(arguments, name)
-                for name in ("rows", "dim", "seed", "files", "eps", "memory", "repeat")
+                name: getattr(arguments, name) for name in ("rows", "dim", "seed", "files", "eps", "memory", "repeat")
             },
             "results": results,
         }

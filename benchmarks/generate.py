@@ -45,9 +45,7 @@ UPSTREAM_ROWS_PER_FILE = 26
 # Raise it with every change of the rows or the layouts, so that older data are not taken for new ones.
 VERSION = 1
 
-_BLOCK = (
-    8192  # rows made at once: vectors are always computed in these blocks, so layouts agree to the last bit
-)
+_BLOCK = 8192  # rows made at once: vectors are always computed in these blocks, so layouts agree to the last bit
 _CACHE_ROWS = 1024  # rows of noise made at once: small enough for a processor's cache
 _ROW_GROUP_BLOCKS = 4
 
@@ -118,9 +116,7 @@ def _noise(stream: int, seed: int, counter: np.ndarray, dim: int) -> np.ndarray:
 def _uuids(stream: int, seed: int, counter: np.ndarray) -> pa.Array:
     """Strings that look like random (version 4) uuids, one for each counter."""
     counter = np.asarray(counter, dtype=np.uint64)
-    two = np.stack(
-        [_hash(stream, seed, 2 * counter), _hash(stream, seed, 2 * counter + np.uint64(1))], axis=1
-    )
+    two = np.stack([_hash(stream, seed, 2 * counter), _hash(stream, seed, 2 * counter + np.uint64(1))], axis=1)
     octets = two.astype(">u8").view(np.uint8).reshape(len(counter), 16)
     octets[:, 6] = (octets[:, 6] & 0x0F) | 0x40
     octets[:, 8] = (octets[:, 8] & 0x3F) | 0x80
@@ -199,9 +195,7 @@ class Rows:
         centres = _unit(_noise(_CENTRE, seed, topics, dim) * self._spectrum)
         tightness = _LOOSEST_TOPIC + (_TIGHTEST_TOPIC - _LOOSEST_TOPIC) * _uniform(_TIGHTNESS, seed, topics)
         mean = _unit(_noise(_MEAN, seed, np.zeros(1), dim) * self._spectrum)
-        self._places = (math.sqrt(_MEAN_ENERGY) * mean + np.sqrt(tightness)[:, None] * centres).astype(
-            np.float32
-        )
+        self._places = (math.sqrt(_MEAN_ENERGY) * mean + np.sqrt(tightness)[:, None] * centres).astype(np.float32)
         self._own = np.sqrt(1 - _MEAN_ENERGY - tightness).astype(np.float32)
         square = _noise(_ROTATION, seed, np.arange(4 * dim), dim).reshape(4, dim, dim).sum(axis=0)
         self._rotation = np.linalg.qr(square.astype(np.float64))[0].astype(np.float32)
@@ -254,9 +248,7 @@ class Rows:
         with_identical = _uniform(_HAS_IDENTICAL, self.seed, base) < _GROUPS_WITH_IDENTICAL
         similarity = np.ones(len(row))
         through_second = np.flatnonzero(chained & (member >= 2))
-        self._copy(
-            latent, through_second, position[through_second] - member[through_second] + 1, with_identical
-        )
+        self._copy(latent, through_second, position[through_second] - member[through_second] + 1, with_identical)
         copies = np.flatnonzero(member >= 1)
         similarity[copies] = self._copy(latent, copies, position[copies], with_identical)
 
@@ -276,9 +268,7 @@ class Rows:
             similarity=np.where(grouped, similarity, np.nan),
         )
 
-    def _copy(
-        self, latent: np.ndarray, where: np.ndarray, key: np.ndarray, with_identical: np.ndarray
-    ) -> np.ndarray:
+    def _copy(self, latent: np.ndarray, where: np.ndarray, key: np.ndarray, with_identical: np.ndarray) -> np.ndarray:
         """Replace rows `where` of `latent` by copies, each given by its `key`; return their similarities."""
         kind = _uniform(_KIND, self.seed, key)
         width = _uniform(_WIDTH, self.seed, key)
@@ -417,9 +407,7 @@ def _write_upstream(folder: Path, rows: Rows, see: Callable[[Block], None]) -> i
         for table, name in zip(batch, names, strict=True):
             full = table.num_rows == UPSTREAM_ROWS_PER_FILE
             metadata = whole if full else _pandas_metadata(table.num_rows)
-            pq.write_table(
-                table.replace_schema_metadata(metadata), folder / f"{name}.parquet", compression="snappy"
-            )
+            pq.write_table(table.replace_schema_metadata(metadata), folder / f"{name}.parquet", compression="snappy")
 
     waiting: list[Future[None]] = []
     pieces = _cut(tables(), sizes)
@@ -489,9 +477,7 @@ def write(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write to; must be empty or absent")
     parser.add_argument("--rows", type=int, default=1_000_000, help="number of rows (%(default)s)")
     parser.add_argument("--dim", type=int, default=384, help="dimension (%(default)s)")
@@ -499,9 +485,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed, 0 or more (%(default)s)")
     parser.add_argument("--files", type=int, default=10, help="files, all layouts but upstream (%(default)s)")
     parser.add_argument("--share", type=float, default=0.3, help="share of planted copies (%(default)s)")
-    parser.add_argument(
-        "--planted", type=Path, metavar="FILE", help="also write id and group of planted rows"
-    )
+    parser.add_argument("--planted", type=Path, metavar="FILE", help="also write id and group of planted rows")
     arguments = parser.parse_args()
     started, cpu = time.perf_counter(), time.process_time()
     try:

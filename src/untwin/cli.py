@@ -366,9 +366,10 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
             f"this value of eps adds. Choose a value, then: untwin apply {result.output_path} --eps VALUE",
         ]
     else:
+        origin = result.run.get("applied_to", {}).get("path", result.output_path)
         lines += [f"The rows that stay: {result.kept_path}"] if result.run["parameters"]["kept"] != "none" else []
         lines += [
             f"What was removed, and because of which row: {result.duplicates_path}",
-            f"Another threshold: untwin apply {result.run.get('applied_to', {}).get('path', result.output_path)} --eps VALUE",
+            f"Another threshold: untwin apply {origin} --eps VALUE",
         ]
     click.echo("\n".join(lines))

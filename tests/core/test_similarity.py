@@ -146,7 +146,7 @@ def test_small_matrix_tiles_change_nothing(monkeypatch):
     for side, columns, read in ((1, 3, 7), (16, 5, 5), (33, 64, 100)):
         monkeypatch.setattr(similarity, "_SLICE_ROWS", side)
         monkeypatch.setattr(similarity, "_TILE_COLUMNS", columns)
-        monkeypatch.setattr(similarity, "_READ_ROWS", read)
+        monkeypatch.setattr(similarity, "_READ_BYTES", 4 * 12 * read)
         assert_same(match_ranked(RankedArray(X), eps=0.05, batch_size=50), want)
 
 

@@ -403,6 +403,17 @@ def test_memory_too_small(debian, out):
     mistake(debian.path, out, "--memory", "20MB", out=out, tells=["20 MB", "--memory"])
 
 
+def test_memory_is_enough_for_the_whole_run_or_refused_before_it(debian, tmp_path):
+    for megabytes in range(60, 260, 20):
+        out = tmp_path / str(megabytes)
+        arguments = ["run", debian.path, out, "--eps", "0.05", "--memory", f"{megabytes}MB", "--n-clusters", "8"]
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert (result.exit_code, out.exists()) in ((0, True), (2, False)), result.output
+        if result.exit_code == 0:
+            break
+    assert result.exit_code == 0
+
+
 def test_too_little_disk(source, out, monkeypatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -549,3 +560,46 @@ def test_storage_options_reach_the_file_system(tmp_path, out):
         assert_no_canary(out, result.output)
     finally:
         memory.rm("/clips", recursive=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key": CANARY, "no_such_option": CANARY},
+        {"client_kwargs": CANARY},
+        {"endpoint_url": CANARY},
+        {"key": CANARY, "secret": CANARY, "endpoint_url": "http://127.0.0.1:9"},
+    ],
+)
+def test_storage_options_that_the_file_system_does_not_understand(out, options):
+    pytest.importorskip("s3fs")
+    options = {**options, "config_kwargs": {"retries": {"max_attempts": 1}}}
+    result = cli("run", "s3://bucket/clips", out, "--storage-options", json.dumps(options), code=2)
+    assert "s3://bucket/clips: the storage" in result.stderr
+    assert CANARY not in result.output
+    assert not out.exists()
+
+
+def test_progress_bars_on_a_terminal_only(source, out):
+    import pty
+
+    terminal, other_end = pty.openpty()
+    command = [sys.executable, "-m", "untwin", "run", source, str(out), "--eps", "0.05", "--json", "--overwrite"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=other_end) as running:
+        os.close(other_end)
+        shown = b""
+        while part := _read(terminal):
+            shown += part
+        os.close(terminal)
+        printed = running.stdout.read()
+    assert running.returncode == 0
+    assert json.loads(printed)["rows"]["input"] == 12
+    for text in (b"assign", b"remove", b"rows/s", b"left", b"100%"):
+        assert text in shown
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # the other end is closed and everything is read
+        return b""

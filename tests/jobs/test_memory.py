@@ -34,7 +34,7 @@ def _write_three_groups(folder: Path, n_rows: int, dim: int) -> None:
 @pytest.mark.parametrize(
     ("n_rows", "dim", "memory"),
     [
-        pytest.param(50_000, 3072, 170, id="614 MB of vectors in 170 MB"),
+        pytest.param(50_000, 3072, 200, id="614 MB of vectors in 200 MB"),
         pytest.param(98_000, 4096, 256, id="1.6 GB of vectors in 256 MB", marks=pytest.mark.slow),
     ],
 )

@@ -56,9 +56,9 @@ def assert_same_answer(remote, local):
 def assert_no_canary(*places):
     for place in places:
         for name, content in place.items() if isinstance(place, dict) else [("text", place)]:
-            content = content if isinstance(content, bytes) else str(content).encode()
+            written = content if isinstance(content, bytes) else str(content).encode()
             for canary in CANARIES:
-                assert canary not in content, name
+                assert canary not in written, name
 
 
 def command(arguments, environment, code=0):

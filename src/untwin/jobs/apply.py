@@ -74,7 +74,7 @@ def apply(
         return RunResult.from_run(folder, done)
     if not storage.names(run_folder.file("kmeans")):
         raise ParameterError(
-            f"{redact(run_folder.path)}: has no kmeans/ any more (drop_intermediate), so rows cannot be compared again; "
+            f"{redact(run_folder.path)}: has no kmeans/ any more (drop_intermediate), so rows cannot be compared; "
             f"run untwin run with --eps {eps:g} into another folder"
         )
     listing = Listing.read(storage, run_folder.listing_path)

@@ -85,7 +85,7 @@ class OutputFolder:
         known = run or self.storage.read_json(self.plan_path)
         if known.get("format_version") != FORMAT_VERSION:
             raise OutputExistsError(
-                f"{redact(self.path)}: was made by another version of untwin; choose another folder, or give --overwrite"
+                f"{redact(self.path)}: was made by another version of untwin; choose another folder or give --overwrite"
             )
         before = known["parameters"]
         differing = [

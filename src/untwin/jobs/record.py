@@ -212,14 +212,15 @@ def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder, re
     n_distinct = int(np.bitwise_count(seen).sum())
     if not n_seen == n_distinct == listing.n_rows:
         raise ResultMismatchError(
-            f"{redact(folder.path)}: of {listing.n_rows} input rows {n_distinct} were accounted for, {n_seen - n_distinct} "
-            "of them twice; do not use this result, and please report it"
+            f"{redact(folder.path)}: of {listing.n_rows} input rows {n_distinct} were accounted for, "
+            f"{n_seen - n_distinct} of them twice; do not use this result, and please report it"
         )
     counts = row_counts(outcome, listing.n_rows)
     if counts["kept"] + counts["duplicates"] + counts["rejected"] != listing.n_rows:
         raise ResultMismatchError(
-            f"{redact(folder.path)}: {counts['kept']} kept, {counts['duplicates']} duplicates and {counts['rejected']} "
-            f"rejected rows are not the {listing.n_rows} rows of the input; do not use this result, and please report it"
+            f"{redact(folder.path)}: {counts['kept']} kept, {counts['duplicates']} duplicates and "
+            f"{counts['rejected']} rejected rows are not the {listing.n_rows} rows of the input; "
+            "do not use this result, and please report it"
         )
     written = collect(outcome, KeptTask)
     files = [file for task in written for file in task.files]

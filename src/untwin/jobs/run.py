@@ -78,8 +78,14 @@ class PreparedRun:
                 f"{redact(self.folder.path)}: the run takes up to {show_bytes(self.disk_bytes)} of disk, but only "
                 f"{show_bytes(free)} are free; make room or choose another disk"
             )
-        largest = min(self.plan.unit_bytes, self.plan.vector_bytes)
-        least = int(2.8 * largest) + (64 << 20)
+        plan = self.plan
+        # what the stages ask for, so far as it is known before the work; a giant cluster can need more
+        least = max(
+            int(2.8 * min(plan.unit_bytes, plan.vector_bytes)) + (64 << 20),
+            100 << 20,
+            120 * (plan.n_rows // plan.id_partitions) + (20 << 20),
+            24 * plan.dim * plan.n_clusters + 40 * plan.sample_rows + (32 << 20),
+        )
         if self.executor.memory < least:
             raise ResourceError(
                 f"memory is {show_bytes(self.executor.memory)}; this input needs at least {show_bytes(least)} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,7 @@ class Clustering:
         bounds = self.plan.input_units
         return [
             InputTask(unit, int(self.groups.starts[end] - self.groups.starts[first]), first, end)
-            for unit, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+            for unit, (first, end) in enumerate(itertools.pairwise(bounds))
         ]
 
     def work_file(self, *names: str) -> str:

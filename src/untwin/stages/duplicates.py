@@ -149,7 +149,7 @@ def _check_eps(eps: float, made_with: float | None, compare_to: str | None) -> N
         )
     if made_with is not None and threshold(made_with) != threshold(eps):
         raise ParameterError(
-            f"eps is {eps}, but the pairwise results were resolved with eps {made_with}; give PairwiseStage the same eps"
+            f"eps is {eps}, but the pairwise results were resolved with eps {made_with}; give PairwiseStage the same"
         )
 
 

@@ -233,14 +233,6 @@ class KMeansStage(CompositeStage):
         return stages
 
 
-def _own_folder(cache_path: str | None, output_path: str) -> str:
-    """A folder that is this run's alone, so that it can be removed whole."""
-    if cache_path is None:
-        return join(output_path, "_work")
-    name = hashlib.sha256(output_path.encode()).hexdigest()[:16]
-    return join(normalize_path(cache_path), f"_untwin-{name}")
-
-
 def _check(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
         raise ParameterError(f"{name} is {value!r}; it {rule}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -159,8 +160,8 @@ class PairwiseStage(Stage):
         job = gather.clustering
         if self.input_paths != [job.output_path]:
             raise ParameterError(
-                f"input_path of PairwiseStage is {', '.join(map(redact, self.input_paths))}, but the KMeansStage before "
-                f"it writes to {redact(job.output_path)}; give that, or run the two in pipelines of their own"
+                f"input_path of PairwiseStage is {', '.join(map(redact, self.input_paths))}, but the KMeansStage "
+                f"before it writes to {redact(job.output_path)}; give that, or run the two in pipelines of their own"
             )
         fields = (self.id_field, self.embedding_field)
         if fields != (job.fields.id_field, job.fields.embedding_field):
@@ -195,7 +196,8 @@ class PairwiseStage(Stage):
         dims = {dim for _, dim, _ in facts.values() if dim is not None}
         if self.embedding_dim and dims - {self.embedding_dim}:
             raise ParameterError(
-                f"embedding_dim is {self.embedding_dim}, but the vectors have {min(dims - {self.embedding_dim})} elements"
+                f"embedding_dim is {self.embedding_dim}, but the vectors have "
+                f"{min(dims - {self.embedding_dim})} elements"
             )
         dim = self.embedding_dim or (dims.pop() if len(dims) == 1 else self._first_dim(paths, facts))
         clusters = [
@@ -217,7 +219,7 @@ class PairwiseStage(Stage):
                 tuple(clusters[low:high]),
                 has_rows=has_rows,
             )
-            for unit, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+            for unit, (low, high) in enumerate(itertools.pairwise(bounds))
         ]
 
     def _first_dim(self, paths: Sequence[str], facts: dict[str, tuple[int, int | None, list[str]]]) -> int:

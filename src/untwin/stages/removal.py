@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,7 +126,7 @@ class RemoveDuplicatesStage(Stage):
             bounds = tuple(first_group[list(split_evenly(per_file, _MIRROR_BYTES))].tolist())
         return [
             InputTask(unit, int(groups.starts[end] - groups.starts[first]), first, end)
-            for unit, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+            for unit, (first, end) in enumerate(itertools.pairwise(bounds))
         ]
 
     def _find_kept(self, upstream: Upstream, listing: Listing, groups: Groups) -> NDArray[np.int64]:

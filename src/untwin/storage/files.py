@@ -28,6 +28,7 @@ from untwin.errors import InputNotFoundError, MissingExtraError, ParameterError,
 T = TypeVar("T")
 
 _WHOLE_READ_BYTES = 8 << 20
+_SMALL_FILE_BYTES = 1 << 20
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp")
 """Packages whose errors say that a remote storage cannot be reached, or refuses."""
@@ -127,18 +128,32 @@ class Storage:
                 ) from error
             raise
 
+    @contextlib.contextmanager
+    def _first_contact(self, path: str) -> Iterator[None]:
+        """Where options that a file system does not understand come to light; their values are not repeated."""
+        try:
+            with self._explained(path):
+                yield
+        except UntwinError:
+            raise
+        except (TypeError, AttributeError, ValueError) as error:
+            found = str(error) if "unexpected keyword" in str(error) else type(error).__name__
+            raise ParameterError(
+                f"{redact(path)}: the storage options are not understood ({found}); check their names and values"
+            ) from error
+
     def exists(self, path: str) -> bool:
         """Whether a file or folder is there."""
         if not is_remote(path):
             return Path(path).exists()
-        with self._explained(path):
+        with self._first_contact(path):
             return bool(self._fs(path).exists(path))
 
     def is_folder(self, path: str) -> bool:
         """Whether a path is a folder (on object storage: a prefix with something below it)."""
         if not is_remote(path):
             return Path(path).is_dir()
-        with self._explained(path):
+        with self._first_contact(path):
             return bool(self._fs(path).isdir(path))
 
     def names(self, folder: str) -> list[str]:
@@ -202,7 +217,11 @@ class Storage:
     def open(self, path: str) -> pa.NativeFile:
         """Open a file for reading at any position."""
         if not is_remote(path):
-            return pa.OSFile(path, "rb")
+            source = pa.OSFile(path, "rb")
+            if source.size() > _SMALL_FILE_BYTES:
+                return source
+            with source:
+                return pa.BufferReader(source.read_buffer())
         with self._explained(path):
             fs = self._fs(path)
             if fs.info(path)["size"] <= _WHOLE_READ_BYTES:

@@ -16,7 +16,7 @@ import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from untwin.errors import DamagedFileError, ParameterError, SchemaError, UntwinError
-from untwin.storage.files import FoundFile, Storage, is_remote, redact
+from untwin.storage.files import FoundFile, Storage, redact
 
 _CHUNK_BYTES = 16 << 20
 PAGE_BUFFER = 1 << 20
@@ -140,19 +140,22 @@ class ParquetFormat:
         """Decode row groups; a large one page by page, so that it never lies in memory whole."""
         groups = list(range(span.first_group, span.first_group + len(span.group_rows)))
         small = span.n_rows <= batch_rows
-        with naming_file(span.path), storage.open(span.path) as source:
-            with pq.ParquetFile(source, pre_buffer=False, buffer_size=0 if small else PAGE_BUFFER) as parquet:
-                names = None if columns is None else list(columns)
-                if small:
-                    table = parquet.read_row_groups(groups, columns=names, use_threads=False)
-                    _expect_rows(span, table.num_rows)
-                    yield from table.to_batches()
-                    return
-                seen = 0
-                for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=names, use_threads=False):
-                    seen += batch.num_rows
-                    yield batch
-                _expect_rows(span, seen)
+        names = None if columns is None else list(columns)
+        with (
+            naming_file(span.path),
+            storage.open(span.path) as source,
+            pq.ParquetFile(source, pre_buffer=False, buffer_size=0 if small else PAGE_BUFFER) as parquet,
+        ):
+            if small:
+                table = parquet.read_row_groups(groups, columns=names, use_threads=False)
+                _expect_rows(span, table.num_rows)
+                yield from table.to_batches()
+                return
+            seen = 0
+            for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=names, use_threads=False):
+                seen += batch.num_rows
+                yield batch
+            _expect_rows(span, seen)
 
 
 def _expect_rows(span: Span, found: int) -> None:
@@ -314,7 +317,7 @@ def _floats(table: pa.Table) -> pa.Table:
 
 
 class NpyFormat:
-    """CLIP retrieval's pairs: `img_emb_N.npy` (n × D) beside, or in a folder beside, `metadata_N.parquet`."""
+    """CLIP retrieval's pairs: `img_emb_N.npy` (n, D) beside, or in a folder beside, `metadata_N.parquet`."""
 
     name = "npy"
     suffixes = (".npy",)

@@ -17,8 +17,8 @@ class VectorFile:
     def __init__(self, folder: str | None, dim: int) -> None:
         self.dim = dim
         self.n_rows = 0
-        self._vectors = tempfile.TemporaryFile(dir=folder)
-        self._positions = tempfile.TemporaryFile(dir=folder)
+        self._vectors = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
+        self._positions = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
 
     def append(self, vectors: NDArray[np.float32], positions: NDArray[np.int64]) -> None:
         """Add rows at the end."""
