@@ -406,7 +406,7 @@ def test_memory_too_small(debian, out):
 def test_memory_is_enough_for_the_whole_run_or_refused_before_it(debian, tmp_path):
     for megabytes in range(60, 260, 20):
         out = tmp_path / str(megabytes)
-        arguments = ["run", debian.path, out, "--eps", "0.05", "--memory", f"{megabytes}MB", "--n-clusters", "8"]
+        arguments = ["run", debian.files[0], out, "--eps", "0.05", "--memory", f"{megabytes}MB", "--n-clusters", "8"]
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
         assert (result.exit_code, out.exists()) in ((0, True), (2, False)), result.output
         if result.exit_code == 0:

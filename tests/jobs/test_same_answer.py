@@ -74,7 +74,7 @@ def with_lists_of(table, kind):
 
 @pytest.mark.parametrize(
     "options",
-    [{"workers": 1}, {"memory": "256MB"}, {"workers": 1, "memory": "256MB"}, {"pairwise_batch_size": 77}],
+    [{"workers": 1}, {"memory": "256MB"}, {"workers": 1, "memory": "256MB", "pairwise_batch_size": 77}],
     ids=str,
 )
 def test_workers_memory_and_batch_size(run, base, options):

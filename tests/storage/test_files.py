@@ -131,6 +131,14 @@ def test_an_unknown_protocol_and_an_unwritable_option_are_the_users_mistake():
         Storage({"session": object()}).exists("memory://x")
 
 
+def test_a_password_in_a_url_is_refused_and_not_repeated():
+    for url in ("ftp://user:hunter2@host/x", "s3://key:hunter2@bucket"):
+        with pytest.raises(ParameterError, match="with a password in it; give that in storage_options") as caught:
+            normalize_path(url)
+        assert "hunter2" not in str(caught.value)
+    assert normalize_path("hf://datasets/someone/set@main/x:y") == "hf://datasets/someone/set@main/x:y"
+
+
 def test_options_do_not_show_in_a_storage_that_is_printed():
     assert "hunter2" not in repr(Storage({"secret": "hunter2"}))
 

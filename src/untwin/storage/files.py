@@ -53,6 +53,9 @@ def normalize_path(path: str | os.PathLike[str]) -> str:
     """Return the absolute local path, or the URL without a trailing slash."""
     text = os.fspath(path)
     if is_remote(text):
+        if re.search(r"://[^/@]*:[^/@]*@", text):
+            # the listing of the input holds full paths, so a password in one would be written
+            raise ParameterError(f"{redact(text)}: was given with a password in it; give that in storage_options")
         return text.rstrip("/")
     text = text.removeprefix("file://").removeprefix("local://")
     path = Path(text).expanduser().absolute()
