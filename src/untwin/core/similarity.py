@@ -7,6 +7,7 @@ thread count or BLAS.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -153,8 +154,8 @@ class Matches:
 
 def threshold(eps: float) -> np.float32:
     """Return the least score of a duplicate, `float32(1 - eps)`; eps in (0, 1), else `ParameterError`."""
-    if not 0 < eps < 1:
-        raise ParameterError(f"eps must be greater than 0 and less than 1, not {eps}")
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real) or not 0 < eps < 1:
+        raise ParameterError(f"eps is {eps!r}; it must be a number greater than 0 and less than 1")
     return np.float32(1 - eps)
 
 

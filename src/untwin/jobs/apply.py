@@ -62,7 +62,7 @@ def apply(
     run = run_folder.read_run()
     if run is None:
         raise ParameterError(f"{redact(run_folder.path)}: holds no finished run (no run.json); untwin run makes one")
-    folder = OutputFolder(storage, normalize_path(os.fspath(to)) if to else run_folder.file(f"eps={eps:g}"))
+    folder = OutputFolder(storage, normalize_path(os.fspath(to)) if to else run_folder.file(f"eps={float(eps)!r}"))
     parameters = dataclasses.replace(
         parameters_of(run, storage.options),
         eps=eps,

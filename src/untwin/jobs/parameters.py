@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,10 @@ class RunParameters:
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the input."""
+        for name in ("n_clusters", "embedding_dim", "pairwise_batch_size", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+                raise ParameterError(f"{name} is {value!r}; give a whole number")
         if self.eps is not None:
             threshold(self.eps)
         _one_of("which_to_keep", self.which_to_keep, ("hard", "easy", "random"))
@@ -147,14 +152,14 @@ def parse_rank_by(text: str) -> tuple[list[str], list[bool]]:
     return columns, ascending
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | float) -> int:
     """Bytes of `4GB`, `512MB`, `1.5GiB` or a plain number; GB is 10^9, GiB is 2^30.
 
     Raises:
         ParameterError: Not a size.
     """
-    if isinstance(text, int):
-        return text
+    if isinstance(text, int | float):
+        return int(text)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if not match or match.group(2) not in _UNITS:
         raise ParameterError(f"memory is {text!r}; give a size such as 4GB or 512MB")

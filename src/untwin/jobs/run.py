@@ -327,7 +327,7 @@ def deduplicate(
         n_clusters=None if isinstance(n_clusters, str) else n_clusters,
         id_field=id_field,
         embedding_field=embedding_field,
-        metadata_fields=tuple(metadata_fields),
+        metadata_fields=(metadata_fields,) if isinstance(metadata_fields, str) else tuple(metadata_fields),
         which_to_keep=which_to_keep,
         rank_by=rank_by,
         compare_to=compare_to,
