@@ -55,5 +55,9 @@ class Pipeline:
         for step in self.stages:
             flat.extend(step.stages() if isinstance(step, CompositeStage) else [step])
         for index, stage in enumerate(flat):
+            if any(stage.name == other.name for other in flat[:index]):
+                raise ParameterError(
+                    f"pipeline {self.name!r} has the stage {stage.name!r} twice; run the two in pipelines of their own"
+                )
             stage.check(flat[:index])
         return executor.execute(flat, progress)

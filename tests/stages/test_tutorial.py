@@ -3,6 +3,7 @@
 import logging
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from stage_oracles import (
     write_like_curator,
 )
 
-from untwin.errors import OutputExistsError
+from untwin.errors import OutputExistsError, ParameterError
 from untwin.pipeline import Pipeline
 from untwin.stages.kmeans import KMeansStage
 from untwin.stages.pairwise import PairwiseStage
@@ -205,3 +206,11 @@ def test_verbose_logs_every_stage_and_otherwise_nothing_is_logged(tmp_path, capl
     said = [record.getMessage().partition(":")[0] for record in caplog.records if record.name == "untwin"]
     assert said == ["sample", "fit", "assign", "repeated ids", "gather", "pairwise"]
     assert "120 rows" in caplog.records[0].getMessage()
+
+
+def test_a_pipeline_with_the_same_stage_twice_is_refused_before_any_work(tmp_path):
+    pq.write_table(pa.table({"id": ["a", "b"], "embedding": [[1.0, 0.0], [0.0, 1.0]]}), tmp_path / "in.parquet")
+    stages = [KMeansStage(1, "id", "embedding", str(tmp_path / "in.parquet"), str(tmp_path / name)) for name in "kl"]
+    with pytest.raises(ParameterError, match="'sample' twice"):
+        Pipeline(stages=stages).run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]
