@@ -309,6 +309,13 @@ def test_the_command_says_what_it_measures_and_shows_every_eps(finished):
     assert json.loads(printed) == json.loads((output / "run.json").read_text())
 
 
+def test_help_names_every_promised_option():
+    text = cli("audit", "--help").output
+    for option in ["--eps", "--seed", "--min-neighbours", "--max-sample", "--memory", "--workers", "--json", "-v"]:
+        assert option in text, option
+    assert "--audit" in cli("run", "--help").output
+
+
 def test_mistakes_are_told(tmp_path):
     text = cli("audit", tmp_path / "nothing", code=2).stderr
     assert str(tmp_path / "nothing") in text
@@ -321,6 +328,8 @@ def test_mistakes_are_told(tmp_path):
     assert "0 and less than 1" in cli("audit", tmp_path / "out", "--eps", 1.5, code=2).stderr
     assert "min_neighbours" in cli("audit", tmp_path / "out", "--min-neighbours", 0, code=2).stderr
     assert "max_sample" in cli("audit", tmp_path / "out", "--max-sample", 0, code=2).stderr
+    with pytest.raises(ParameterError, match=r"max_sample is 2\.5"):
+        audit(tmp_path / "out", max_sample=2.5)
     assert "seed" in cli("audit", tmp_path / "out", "--seed", -1, code=2).stderr
     assert "memory" in cli("audit", tmp_path / "out", "--memory", "2MB", code=2).stderr
     assert snapshot(tmp_path / "out") == before
