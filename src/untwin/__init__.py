@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from untwin.backends.local import LocalExecutor
     from untwin.jobs.apply import apply
+    from untwin.jobs.audit import audit
     from untwin.jobs.result import RunResult
     from untwin.jobs.run import deduplicate
     from untwin.pipeline import Pipeline
@@ -29,6 +30,7 @@ _HOMES = {
     "RemoveDuplicatesStage": "untwin.stages.removal",
     "RunResult": "untwin.jobs.result",
     "apply": "untwin.jobs.apply",
+    "audit": "untwin.jobs.audit",
     "deduplicate": "untwin.jobs.run",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "RunResult",
     "__version__",
     "apply",
+    "audit",
     "deduplicate",
 ]
 

@@ -67,6 +67,8 @@ def _reports_errors(command: F) -> F:
 
 
 def _what_is_left(kwargs: dict[str, Any]) -> str:
+    if click.get_current_context().info_name == "audit":
+        return f"nothing in {kwargs['output']} has changed"
     paths = kwargs.get("paths")
     output = paths[-1] if paths else kwargs.get("to") or kwargs.get("output")
     return f"the input is untouched; {output} holds an unfinished result: delete it, or start anew with --overwrite"
@@ -157,6 +159,7 @@ def _shared_options(command: F) -> F:
     help="Write the rows that stay as few large files, as the input's files, or not.",
 )
 @click.option("--drop-intermediate", is_flag=True, help="Remove kmeans/ and pairwise/ at the end.")
+@click.option("--audit", is_flag=True, help="Measure at the end what was missed at the borders of clusters.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run in OUTPUT first.")
 @_shared_options
@@ -200,7 +203,7 @@ def run(
         return
     if overwrite:
         prepared.folder.clear()
-    if prepared.done is not None:
+    if prepared.done is not None and not prepared.to_audit:
         click.echo(f"{prepared.folder.path}: finished already, with the same parameters and input", err=True)
     with _progress() as progress:
         result = prepared.execute(progress)
@@ -249,6 +252,44 @@ def apply(
             progress=progress,
         )
     _show(result, as_json, verbose)
+
+
+@main.command()
+@click.argument("output")
+@click.option("--eps", type=float, help="Report this value too, and sample by it. [default: the one in force, or 0.05]")
+@click.option("--seed", type=int, help="Seed of the sample. [default: that of the run]")
+@click.option(
+    "--min-neighbours",
+    type=int,
+    default=3000,
+    show_default=True,
+    metavar="N",
+    help="Sample until N rows have a neighbour.",
+)
+@click.option(
+    "--max-sample", type=int, default=200_000, show_default=True, metavar="N", help="Sample no more than about N rows."
+)
+@_shared_options
+@_reports_errors
+def audit(
+    output: str,
+    storage_options: str | None,
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Measure what the finished run in OUTPUT missed, because similar rows fell into different clusters.
+
+    Sampled rows are compared with all rows. The outcome goes to run.json; nothing else changes.
+    """
+    from untwin.jobs.audit import audit as audit_job
+
+    with _progress() as progress:
+        result = audit_job(output, storage_options=_storage_options(storage_options), progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(dict(result.run), indent=2, ensure_ascii=False))
+        return
+    click.echo("\n".join(_audit_lines(result)))
 
 
 def _clusters(text: str) -> int | None:
@@ -360,6 +401,7 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
         if examples:
             lines += [f"           {score:.4f}  {one}  ~  {other}" for one, other, score in row.examples]
     lines.append("")
+    lines += [*_audit_lines(result), ""] if result.audit else []
     if result.eps is None:
         lines += [
             "No threshold was given, so nothing was removed. Look at the pairs above: each line shows pairs that",
@@ -373,3 +415,41 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
             f"Another threshold: untwin apply {origin} --eps VALUE",
         ]
     click.echo("\n".join(lines))
+
+
+def _audit_lines(result: RunResult) -> list[str]:
+    found = result.audit
+    if found is None:
+        return []
+    if found.by_construction:
+        return ["audit: one cluster, so all rows were compared with each other: recall is 1 by construction"]
+    lines = [
+        f"audit: {found.n_sampled:,} sampled rows, compared with all {found.n_rows:,}.",
+        "This is recall of cosine neighbours, not of human judgement: of the sampled rows that have another row",
+        "within eps, the share that have one in their own cluster.",
+        "   eps  with neighbour   recall   95 % interval",
+    ]
+    for row in found.recall_rows:
+        mark = "  <- in force" if row.eps == result.eps else ""
+        lines.append(
+            f"{row.eps:>6g} {row.with_neighbour or 0:>15,}  {_percent(row.recall)}   "
+            f"{_percent(row.low)} to {_percent(row.high)}{mark}"
+        )
+    if found.complete:
+        lines.append("All rows were sampled, so these numbers are exact.")
+    if not found.enough:
+        lines.append(
+            f"The sample ended at --max-sample before {found.min_neighbours:,} rows with a neighbour within eps "
+            f"{found.eps:g} were found."
+        )
+    left = found.answer
+    if left is not None and left.share is not None:
+        lines.append(
+            f"Kept rows that still have another kept row within eps {left.eps:g}: {_percent(left.share).strip()} "
+            f"({_percent(left.low).strip()} to {_percent(left.high).strip()}), from {left.kept:,} kept rows"
+        )
+    return lines
+
+
+def _percent(share: float | None) -> str:
+    return "      -" if share is None else f"{share:>7.2%}"

@@ -368,3 +368,17 @@ def test_large_objects_are_read_in_place_and_folders_end_at_a_slash(bucket):
     storage.remove(bucket.url("d"))
     storage.remove(bucket.url("d"))
     assert sorted(bucket.contents()) == ["d2/y"]
+
+
+def test_an_audit_gives_the_local_numbers_and_leaves_nothing_behind(bucket, source, local, tmp_path):
+    bucket.upload(source, "in")
+    untwin.deduplicate(bucket.url("in"), bucket.url("out"), storage_options=bucket.options, **OPTIONS)
+    before = bucket.contents("out/")
+    found = untwin.audit(bucket.url("out"), storage_options=bucket.options)
+    there = untwin.audit(tmp_path / "local")
+    assert found.audit == there.audit
+    assert found.audit.recall_rows[-1].with_neighbour > 60
+    after = bucket.contents("out/")
+    assert {name for name in after if after[name] != before.get(name)} == {"run.json"}
+    assert set(after) == set(before)
+    assert_no_canary(after)

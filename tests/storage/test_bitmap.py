@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from untwin.storage import bitmap
-from untwin.storage.bitmap import byte_range, counts_before, empty_bitmap, get_bits, set_bits
+from untwin.storage.bitmap import bits_of, byte_range, counts_before, empty_bitmap, get_bits, set_bits
 
 
 @st.composite
@@ -51,3 +51,10 @@ def test_nothing_set_is_nothing():
     set_bits(bits, np.empty(0, np.int64))
     assert len(bits) == 0
     assert counts_before(bits, np.array([0])).tolist() == [0]
+
+
+def test_bits_of_rows_in_any_order():
+    bitmap = empty_bitmap(20)
+    set_bits(bitmap, np.array([0, 7, 8, 19]))
+    rows = np.array([19, 1, 8, 8, 18, 0, 7])
+    assert bits_of(bitmap, rows).tolist() == [True, False, True, True, False, True, True]

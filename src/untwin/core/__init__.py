@@ -5,6 +5,7 @@ Every decision is independent, to the bit, of batching, row order, threads and B
 
 from untwin.core.hashing import hash_bytes, hash_integers, hash_rows, mix_seed, uniform
 from untwin.core.kmeans import ArrayBlocks, KMeansResult, NearestCentroid, RowBlocks, fit, nearest
+from untwin.core.recall import BestNeighbours, LabelledRows, share_interval
 from untwin.core.similarity import (
     EPS_GRID,
     Matches,
@@ -23,8 +24,10 @@ from untwin.core.vectors import Invalid, blocks, normalize, product_error, rowwi
 __all__ = [
     "EPS_GRID",
     "ArrayBlocks",
+    "BestNeighbours",
     "Invalid",
     "KMeansResult",
+    "LabelledRows",
     "Matches",
     "NearestCentroid",
     "RankedArray",
@@ -46,6 +49,7 @@ __all__ = [
     "product_error",
     "rowwise_dot",
     "score_counts",
+    "share_interval",
     "threshold",
     "uniform",
 ]

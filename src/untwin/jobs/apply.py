@@ -101,6 +101,7 @@ def apply(
     outcome = Pipeline("untwin apply", stages=stages).run(executor, progress)
     (found,) = collect(outcome, DuplicatesTask)
     record = dict(run)
+    record.pop("audit", None)
     record["finished"] = now()
     record["parameters"] = parameters.answer()
     record["packages"] = package_versions()

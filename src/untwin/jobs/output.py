@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 _TEMPORARY = r"_tmp-[0-9a-f]{32}"
 _OURS = re.compile(
     r"(?:eps=[^/]+/)?(?:"
-    r"run\.json|groups\.parquet|_plan/(?:plan\.json|listing\.parquet)|_work/.*|"
+    r"run\.json|groups\.parquet|_plan/(?:plan\.json|listing\.parquet)|(?:_work|_audit)/.*|"
     r"kmeans/(?:_centroids\.npy|_work/.*|centroid=\d+/part-\d+\.parquet)|"
     r"pairwise/(?:cluster_\d+\.parquet|_rows/unit-\d+\.npy|_work/.*)|"
     r"duplicates/(?:part-\d+\.parquet|_kept\.bits|_work/.*)|"

@@ -48,6 +48,7 @@ class RunParameters:
         on_repeated_id: `error` or `first`.
         kept: `compact`, `mirror` or `none`.
         drop_intermediate: Remove `kmeans/` and `pairwise/` at the end.
+        audit: Measure what was missed at the end; never changes the answer.
         storage_options: For fsspec; never shown or written.
     """
 
@@ -68,6 +69,7 @@ class RunParameters:
     on_repeated_id: str = "error"
     kept: str = "compact"
     drop_intermediate: bool = False
+    audit: bool = False
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -49,6 +49,95 @@ class StageTiming:
 
 
 @dataclass(frozen=True)
+class RecallRow:
+    """Recall at one eps, of cosine neighbours, not of human judgement.
+
+    Attributes:
+        eps: Threshold.
+        with_neighbour: Sampled rows that have another row within eps; None where nothing had to be sampled.
+        compared: Those of them that have such a row in their own cluster; None as above.
+        recall: `compared` as a share of `with_neighbour`; None where that is 0.
+        low: Lower end of its 95 % interval; equal to `recall` where all rows were sampled.
+        high: Upper end.
+    """
+
+    eps: float
+    with_neighbour: int | None
+    compared: int | None
+    recall: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class KeptShare:
+    """The share of kept rows that still have another kept row within eps, anywhere in the data set.
+
+    Attributes:
+        eps: Threshold in force.
+        kept: Kept rows in the sample; None where nothing had to be sampled.
+        near_kept: Those of them that have another kept row within eps; None as above.
+        share: `near_kept` as a share of `kept`; None where that is 0.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+    """
+
+    eps: float
+    kept: int | None
+    near_kept: int | None
+    share: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a run missed at the borders of its clusters.
+
+    Attributes:
+        eps: Decided how many rows were sampled.
+        n_rows: Rows that were clustered.
+        n_sampled: Rows sampled; 0 where there is one cluster, so that nothing can be missed.
+        by_construction: Whether that is so.
+        min_neighbours: Rows with a neighbour within eps that were wanted.
+        recall_rows: Recall at each eps.
+        answer: What is left among the kept rows; None for a run without eps.
+    """
+
+    eps: float
+    n_rows: int
+    n_sampled: int
+    by_construction: bool
+    min_neighbours: int
+    recall_rows: tuple[RecallRow, ...]
+    answer: KeptShare | None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Audit:
+        """Make it of what `run.json` holds."""
+        return cls(
+            eps=record["parameters"]["eps"],
+            n_rows=record["rows"],
+            n_sampled=record["sampled"],
+            by_construction=record["by_construction"],
+            min_neighbours=record["parameters"]["min_neighbours"],
+            recall_rows=tuple(RecallRow(**row) for row in record["recall"]),
+            answer=None if record["answer"] is None else KeptShare(**record["answer"]),
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row was compared with all rows, so that the numbers are exact."""
+        return self.by_construction or self.n_sampled == self.n_rows
+
+    @property
+    def enough(self) -> bool:
+        """Whether as many rows with a neighbour as wanted were found, or all rows were sampled."""
+        n = next(row.with_neighbour for row in self.recall_rows if row.eps == self.eps)
+        return self.complete or (n is not None and n >= self.min_neighbours)
+
+
+@dataclass(frozen=True)
 class RunResult:
     """A finished run. Counts are of rows; paths are those of the output folder.
 
@@ -64,6 +153,7 @@ class RunResult:
         timings: A line for each stage.
         eps_rows: The eps table.
         run: Everything in `run.json`.
+        audit: What the run missed; None if it was not measured.
     """
 
     output_path: str
@@ -77,6 +167,7 @@ class RunResult:
     timings: tuple[StageTiming, ...]
     eps_rows: tuple[EpsRow, ...]
     run: Mapping[str, Any] = field(repr=False)
+    audit: Audit | None = None
     _storage: Storage = field(default_factory=Storage, repr=False)
 
     @classmethod
@@ -104,6 +195,7 @@ class RunResult:
                 for row in run["eps_table"]
             ),
             run=run,
+            audit=Audit.from_record(run["audit"]) if "audit" in run else None,
             _storage=folder.storage,
         )
 

@@ -13,6 +13,7 @@ from untwin.backends.local import LocalExecutor
 from untwin.errors import OutputExistsError, ParameterError, ResourceError
 from untwin.jobs.output import FORMAT_VERSION, OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
+from untwin.jobs.recall import measure_recall
 from untwin.jobs.record import check_every_row, describe_input, now, run_record
 from untwin.jobs.result import RunResult
 from untwin.pipeline import Pipeline
@@ -95,7 +96,7 @@ class PreparedRun:
     def execute(self, progress: Progress | None = None) -> RunResult:
         """Do the work; or give back the result that is there."""
         if self.done is not None:
-            return self.done
+            return self._audited(dict(self.done.run), progress) if self.to_audit else self.done
         started = time.perf_counter()
         parameters, folder = self.parameters, self.folder
         kmeans, pairwise = self.stages()
@@ -119,12 +120,28 @@ class PreparedRun:
                 "memory_bytes": self.executor.memory,
             },
         )
-        if parameters.drop_intermediate:
-            folder.storage.remove(folder.file("kmeans"))
-            folder.storage.remove(folder.file("pairwise"))
+        if parameters.drop_intermediate and not parameters.audit:
+            self._drop()
         record["seconds"] = round(time.perf_counter() - started, 3)
         folder.storage.write_json(folder.run_path, record)
-        return RunResult.from_run(folder, record)
+        return self._audited(record, progress) if parameters.audit else RunResult.from_run(folder, record)
+
+    @property
+    def to_audit(self) -> bool:
+        """Whether an audit is asked for and not there yet."""
+        return self.parameters.audit and (self.done is None or self.done.audit is None)
+
+    def _audited(self, record: dict[str, Any], progress: Progress | None) -> RunResult:
+        """Add the audit to a run that is written already, so that an audit that fails costs no more than itself."""
+        record["audit"] = measure_recall(self.folder, record, self.executor, progress=progress)
+        if self.parameters.drop_intermediate:
+            self._drop()
+        self.folder.storage.write_json(self.folder.run_path, record)
+        return RunResult.from_run(self.folder, record)
+
+    def _drop(self) -> None:
+        self.folder.storage.remove(self.folder.file("kmeans"))
+        self.folder.storage.remove(self.folder.file("pairwise"))
 
     def _write_plan(self) -> None:
         folder = self.folder
@@ -277,6 +294,7 @@ def deduplicate(
     on_repeated_id: str = "error",
     kept: str = "compact",
     drop_intermediate: bool = False,
+    audit: bool = False,
     memory: int | str | None = None,
     workers: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -304,6 +322,7 @@ def deduplicate(
         on_repeated_id: `error` or `first`, for the same id with different vectors.
         kept: `compact` files of about 256 MB, `mirror` the input's files, or `none`.
         drop_intermediate: Remove `kmeans/` and `pairwise/` at the end.
+        audit: Measure at the end what was missed at the borders of clusters, as `untwin.audit` does.
         memory: Budget, as bytes or as in "4GB"; default 4 GiB, at most half of the machine's memory.
         workers: Threads; default: the cores this process may use.
         storage_options: For fsspec, input and output alike; never written or shown.
@@ -338,6 +357,7 @@ def deduplicate(
         on_repeated_id=on_repeated_id,
         kept=kept,
         drop_intermediate=drop_intermediate,
+        audit=audit,
         storage_options=dict(storage_options or {}),
     )
     executor = make_executor("local", workers, None if memory is None else parse_bytes(memory))

@@ -31,6 +31,12 @@ def get_bits(part: NDArray[np.uint8], first_row: int, n_rows: int) -> NDArray[np
     return bits[skip : skip + n_rows].astype(np.bool_)
 
 
+def bits_of(bitmap: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """The bits of rows, in the order given."""
+    bits: NDArray[np.uint8] = bitmap[rows >> 3] >> (rows & 7).astype(np.uint8)
+    return (bits & 1).astype(np.bool_)
+
+
 def byte_range(first_row: int, n_rows: int) -> tuple[int, int]:
     """First byte and number of bytes that hold the bits of a range of rows."""
     first = first_row // 8

@@ -166,6 +166,15 @@ def write_array(storage: Storage, path: str, array: NDArray[np.generic]) -> None
     storage.write_bytes(path, content.getvalue())
 
 
+def write_vectors(storage: Storage, path: str, parts: Sequence[NDArray[np.float32]], dim: int) -> None:
+    """Write (m, D) float32 parts, one below the other, as one `.npy` without putting them together in memory."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (sum(map(len, parts)), dim)}
+    with storage.writing(path) as sink:
+        np.lib.format.write_array_header_1_0(sink, header)
+        for part in parts:
+            sink.write(part.astype("<f4", order="C", copy=False).tobytes())
+
+
 def read_array(storage: Storage, path: str) -> NDArray[np.generic]:
     """Read a `.npy` file; nothing in it is ever executed."""
     import io
