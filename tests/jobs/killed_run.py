@@ -1,17 +1,21 @@
 """Runs untwin in a process of its own that ends itself by SIGKILL, or that counts its work. Not a test.
 
 Arguments: JSON with `argv` (of the command), and `operation` (kill at this file operation), `seconds` (kill then),
-`chain` and `marker` (kill after this many markers of a chain) or `file_bytes` (no file may be larger); `log` gets a
-line for each unit of a stage that begins. Units are small, so that a small input has many.
+`chain` and `marker` (kill after this many markers of a chain), `full` (what this chain writes meets a full disk) or
+`stuck` (a stage hangs); `log` gets a line for each unit of a chain that begins. Units are small, so that a small
+input has many.
 """
 
+import importlib
 import json
 import os
-import resource
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
+
+import pyarrow as pa
 
 import untwin.plan
 from untwin.backends import local
@@ -59,6 +63,35 @@ def kill_at_marker(chain, number):
     Ledger.record = counted
 
 
+def fill_the_disk(chain):
+    """Every file that units of a chain write goes to the device that is always full."""
+    process, open_file = local._Chain._process, pa.OSFile
+    at_work = threading.local()
+
+    def marked(self, unit, context):
+        at_work.full = self.name == chain
+        try:
+            return process(self, unit, context)
+        finally:
+            at_work.full = False
+
+    def opened(path, mode):
+        return open_file("/dev/full" if mode == "wb" and getattr(at_work, "full", False) else path, mode)
+
+    local._Chain._process, pa.OSFile = marked, opened
+
+
+def get_stuck(stage, busy):
+    """A stage takes a minute for a unit, and touches the file `busy` before."""
+    module, _, name = stage.rpartition(".")
+
+    def process(*_):
+        Path(busy).touch()
+        time.sleep(60)
+
+    getattr(importlib.import_module(f"untwin.stages.{module}"), name).process = process
+
+
 def log_units(path):
     process = local._Chain._process
 
@@ -84,14 +117,16 @@ def main():
         timer.start()
     if "chain" in wanted:
         kill_at_marker(wanted["chain"], wanted["marker"])
-    if "file_bytes" in wanted:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (wanted["file_bytes"], wanted["file_bytes"]))
+    if "full" in wanted:
+        fill_the_disk(wanted["full"])
+    if "stuck" in wanted:
+        get_stuck(**wanted["stuck"])
     if "log" in wanted:
         log_units(wanted["log"])
     from untwin.cli import main as command
 
     try:
-        command(wanted["argv"], standalone_mode=False)
+        command(wanted["argv"])
     finally:
         if counted is not None:
             sys.stderr.write(f"operations {counted()}\n")
