@@ -73,8 +73,8 @@ def apply(
         drop_intermediate=False,
         kept=kept or run["parameters"]["kept"],
     )
-    check_unlocked(storage, folder.path)
     folder.check_is_folder()
+    check_unlocked(storage, folder.path)
     done, _ = _existing(folder, run, parameters.answer())
     if done is not None:
         return RunResult.from_run(folder, done)
@@ -173,7 +173,7 @@ def _existing(
         begun is not None
         and begun.get("applied_to", {}).get("finished") == run["finished"]
         and begun["parameters"] == answer
-        and (known is not None or begun["untwin"] == untwin.__version__)
+        and (known is not None or begun.get("untwin") == untwin.__version__)
     ):
         return known, True
     names = folder.storage.names(folder.path)

@@ -98,7 +98,7 @@ class OutputFolder:
         run = self.read_run()
         plan = self.storage.read_json(self.plan_path)
         known = run or plan
-        if known.get("format_version") != FORMAT_VERSION or (run is None and known["untwin"] != untwin.__version__):
+        if known.get("format_version") != FORMAT_VERSION or (run is None and known.get("untwin") != untwin.__version__):
             raise OutputExistsError(
                 f"{redact(self.path)}: was made by another version of untwin; choose another folder or give --overwrite"
             )
@@ -167,7 +167,7 @@ class OutputFolder:
         first = [name for name in ("run.json", "_done") if name in names]
         for name in (*first, *(name for name in names if name not in (*first, "_plan", LOCK))):
             self.storage.remove(self.file(name))
-        self.storage.remove(self.listing_path)
+        self.storage.remove(self.plan_path)
         self.storage.remove(self.file("_plan"))
 
     def _mirrored(self) -> set[str]:

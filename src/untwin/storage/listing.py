@@ -147,7 +147,7 @@ class Listing:
         empty = pa.schema([("id", self.id_type), *((f"m{i}", kind) for i, kind in enumerate(self.metadata_types))])
         facts = {b"untwin.filetype": self.filetype.encode(), b"untwin.dim": str(self.dim).encode()}
         facts[b"untwin.types"] = base64.b64encode(empty.serialize().to_pybytes())
-        with storage.writing(path) as sink:
+        with storage.writing(path, durable=True) as sink:
             pq.write_table(self.files.replace_schema_metadata(facts), sink, compression="zstd")
 
     @classmethod
