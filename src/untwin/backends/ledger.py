@@ -70,6 +70,8 @@ class Ledger:
             self._units = _known(zip(keys, read, strict=True))
             if not check:
                 return
+            for name in set(names).intersection(self._chains):  # a kill came before these were removed
+                self._storage.remove(join(self._folder, name))
             removed = tuple(path + "/" for chain in self._chains.values() for path in chain["removed"])
             wanted = [
                 file for chain in self._chains.values() for file in chain["files"] if not file[0].startswith(removed)

@@ -312,9 +312,7 @@ class Storage:
                         remote.discard()
                     remote.closed = True
                     if uploaded and isinstance(error, FileNotFoundError):
-                        raise UntwinError(
-                            f"{redact(path)}: cannot be written, there is no such bucket; make it first"
-                        ) from error
+                        raise _no_bucket(path) from error
                     raise
             return
         final = Path(path)
@@ -353,6 +351,8 @@ class Storage:
                 fs.pipe_file(path, content, mode="create")
             except FileExistsError:
                 return False
+            except FileNotFoundError as error:
+                raise _no_bucket(path) from error
             except (TypeError, ValueError, NotImplementedError):
                 if fs.exists(path):
                     return False
@@ -397,6 +397,10 @@ class Storage:
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
+
+
+def _no_bucket(path: str) -> UntwinError:
+    return UntwinError(f"{redact(path)}: cannot be written, there is no such bucket; make it first")
 
 
 def _sync(path: Path) -> None:
