@@ -19,7 +19,7 @@ from untwin.backends.base import Executor, NoProgress, Outcome, Progress, StageR
 from untwin.backends.ledger import Ledger
 from untwin.errors import ParameterError, ResourceError
 from untwin.stages.base import Context, Stage, Task, Upstream
-from untwin.storage.files import Recording
+from untwin.storage.files import DISK_FULL, Recording
 
 _DEFAULT_MEMORY = 4 << 30
 _log = logging.getLogger("untwin")
@@ -208,6 +208,13 @@ class _Chain:
             started = time.perf_counter()
             try:
                 task = stage.process(task, context)
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    error.add_note(f"in stage {stage.name}, unit {unit.unit}")
+                    raise
+                raise ResourceError(
+                    f"stage {stage.name}: no space left on the device; make room, then run again"
+                ) from error
             except Exception as error:
                 error.add_note(f"in stage {stage.name}, unit {unit.unit}")
                 raise

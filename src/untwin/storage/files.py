@@ -35,7 +35,8 @@ _SMALL_FILE_BYTES = 1 << 20
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp")
 """Packages whose errors say that a remote storage cannot be reached, or refuses."""
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when there is no room: on the device, in the quota, or for so large a file."""
 _CHECKSUM_BYTES = 1 << 20
 
 
@@ -157,7 +158,7 @@ class Storage:
         except PermissionError as error:
             raise UntwinError(f"{redact(path)}: access denied ({error}); check the credentials") from error
         except OSError as error:
-            if error.errno in _DISK_FULL:
+            if error.errno in DISK_FULL:
                 raise ResourceError(
                     f"{redact(path)}: no space left on the device; make room, then run again"
                 ) from error
@@ -316,9 +317,9 @@ class Storage:
                     raise
             return
         final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f"_tmp-{uuid.uuid4().hex}")
         with self._explained(path):
+            final.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with pa.OSFile(str(temporary), "wb") as sink:
                     yield sink
