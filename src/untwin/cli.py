@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,6 +51,7 @@ def _reports_errors(command: F) -> F:
             sys.exit(2)
         except KeyboardInterrupt:
             click.echo(f"untwin: interrupted; {_what_is_left(kwargs)}", err=True)
+            _leave_threads()
             sys.exit(130)
         except click.exceptions.Exit:
             raise
@@ -66,12 +69,21 @@ def _reports_errors(command: F) -> F:
     return run  # type: ignore[return-value]
 
 
+def _leave_threads() -> None:
+    """End the process at once if units are still in work: they write nothing any more, but could take long."""
+    if any(thread.name.startswith("untwin") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+
+
 def _what_is_left(kwargs: dict[str, Any]) -> str:
     if click.get_current_context().info_name == "audit":
         return f"nothing in {kwargs['output']} has changed"
     paths = kwargs.get("paths")
     output = paths[-1] if paths else kwargs.get("to") or kwargs.get("output")
-    return f"the input is untouched; {output} holds an unfinished result: delete it, or start anew with --overwrite"
+    anew = ", or starts anew with --overwrite" if paths else ""
+    return f"the input is untouched; {output} holds an unfinished result: the same command goes on with it{anew}"
 
 
 _shared = [
@@ -201,8 +213,6 @@ def run(
     click.echo(prepared.summary, err=as_json)
     if dry_run:
         return
-    if overwrite:
-        prepared.folder.clear()
     if prepared.done is not None and not prepared.to_audit:
         click.echo(f"{prepared.folder.path}: finished already, with the same parameters and input", err=True)
     with _progress() as progress:
@@ -389,6 +399,7 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
         ),
         f"rejected    {result.n_rejected:>14,}",
         *[f"  {reason}: {count:,}" for reason, count in rows["rejected_reasons"].items()],
+        *([f"reused      {result.n_reused:>14,}  units of an interrupted run"] if result.n_reused else []),
         f"time        {result.seconds:>12,.1f} s   peak memory {result.peak_memory / 1e6:,.0f} MB",
         "",
         "   eps    duplicates   share",

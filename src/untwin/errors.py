@@ -30,6 +30,10 @@ class OutputExistsError(UntwinError):
     """The output folder holds something that would be lost or mixed up."""
 
 
+class OutputInUseError(UntwinError):
+    """Another run works on the output folder; names its host, process and start time."""
+
+
 class ChangedInputError(UntwinError):
     """A file of the input is not the one that the plan was made for; names the file."""
 

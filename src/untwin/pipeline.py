@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from untwin.backends.base import Executor, Outcome, Progress
+from untwin.backends.ledger import Ledger
 from untwin.errors import ParameterError
 from untwin.stages.base import CompositeStage, Stage
 
@@ -35,12 +36,16 @@ class Pipeline:
         self.stages.append(stage)
         return self
 
-    def run(self, executor: Executor | None = None, progress: Progress | None = None) -> Outcome:
+    def run(
+        self, executor: Executor | None = None, progress: Progress | None = None, ledger: Ledger | None = None
+    ) -> Outcome:
         """Run all stages.
 
         Args:
             executor: The backend; default: `LocalExecutor()`.
             progress: Gets told how far the work is.
+            ledger: What is done already, and where to note what will be; without one nothing is reused, and no
+                stage writes where there is something already.
 
         Raises:
             UntwinError: A user's mistake or damaged input, with a message that says what to do.
@@ -60,4 +65,6 @@ class Pipeline:
                     f"pipeline {self.name!r} has the stage {stage.name!r} twice; run the two in pipelines of their own"
                 )
             stage.check(flat[:index])
-        return executor.execute(flat, progress)
+            if ledger is None:
+                stage.check_output()
+        return executor.execute(flat, progress, ledger)

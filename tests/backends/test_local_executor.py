@@ -1,5 +1,6 @@
 """`LocalExecutor`: order, memory, errors and threads, with stages that only write down what happens to them."""
 
+import errno
 import logging
 import threading
 import time
@@ -278,3 +279,13 @@ def test_stages_check_what_is_before_them_before_any_unit_runs():
     Pipeline(stages=[Recorded(events, "a", pieces(1)), Checked(events, "b"), Checked(events, "c")]).run()
     assert [event[:3] for event in events[:2]] == [("b", "check", ("a",)), ("c", "check", ("a", "b"))]
     assert events[2][:2] == ("a", "units")
+
+
+def test_a_full_disk_met_by_a_scratch_file_is_told():
+    """Scratch files are not written through storage, which would tell itself."""
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ResourceError, match="stage a: no space left on the device; make room"):
+        LocalExecutor(1, 64 * MB).execute([Recorded([], "a", pieces(3), action=fail)])

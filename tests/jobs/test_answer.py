@@ -317,7 +317,7 @@ def test_without_eps_only_the_three_original_columns_are_written(tmp_path):
     schema = pq.read_schema(tmp_path / "out" / "pairwise" / "cluster_0.parquet")
     assert schema.names == ["id", "max_id", "cosine_sim_score"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"_plan", "kmeans", "pairwise", "run.json"}
+    assert names == {"_done", "_plan", "kmeans", "pairwise", "run.json"}
     assert (result.eps, result.n_duplicates, result.n_rejected) == (None, 0, 0)
 
 

@@ -119,7 +119,7 @@ def test_run_without_eps_shows_the_table_with_examples_and_removes_nothing(sourc
     assert all(TWINS[one] == other for _, one, _, other in pairs)
     assert f"untwin apply {out} --eps" in text
     assert "12 rows in 3 files, dimension 8, 1 clusters" in text
-    assert {path.name for path in out.iterdir()} == {"_plan", "kmeans", "pairwise", "run.json"}
+    assert {path.name for path in out.iterdir()} == {"_done", "_plan", "kmeans", "pairwise", "run.json"}
 
 
 def test_run_then_apply_is_the_same_as_a_run_with_that_eps(debian, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 import untwin
 from untwin import IdentifyDuplicatesStage, KMeansStage, PairwiseStage, Pipeline, RemoveDuplicatesStage
-from untwin.errors import InputNotFoundError, OutputExistsError, ParameterError, UntwinError
+from untwin.errors import InputNotFoundError, OutputExistsError, OutputInUseError, ParameterError, UntwinError
 from untwin.storage.files import Storage
 
 EPS = 0.02
@@ -125,6 +125,34 @@ def test_a_finished_output_is_recognised_and_another_run_is_refused(bucket, sour
         untwin.deduplicate(bucket.url("in"), bucket.url("out"), **options)
     bucket.client.put_object(Bucket=bucket.name, Key="in/3.parquet", Body=before["in/3.parquet"])
     assert bucket.contents() == before
+
+
+def test_an_interrupted_run_goes_on_and_leaves_no_lock(bucket, source, monkeypatch):
+    output, options = bucket.url("out"), {**OPTIONS, "storage_options": bucket.options}
+    bucket.upload(source, "in")
+    given = bucket.url("in")
+
+    def fail(*_):
+        raise RuntimeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("untwin.stages.duplicates.MergeStage.process", fail)
+        with pytest.raises(RuntimeError):
+            untwin.deduplicate(given, output, **options)
+    assert not any("_lock" in name for name in bucket.contents("out/"))
+    result = untwin.deduplicate(given, output, **options)
+    reused = {stage.name: stage.reused for stage in result.timings}
+    assert reused["assign"] == reused["pairwise"] > reused["merge duplicates"] == 0
+    assert result.duplicates().num_rows == result.n_duplicates > 60
+
+
+def test_the_lock_is_a_conditional_write(bucket, source):
+    storage = Storage(bucket.options)
+    assert storage.create(bucket.url("out/_lock.json"), b'{"host": "elsewhere", "pid": 1, "started": "then"}')
+    assert not storage.create(bucket.url("out/_lock.json"), b"{}")
+    with pytest.raises(OutputInUseError, match="host elsewhere, process 1, started then"):
+        untwin.deduplicate(source, bucket.url("out"), **OPTIONS, storage_options=bucket.options)
+    assert list(bucket.contents("out/")) == ["_lock.json"]
 
 
 def test_overwrite_removes_the_earlier_run_and_nothing_else(bucket, source):

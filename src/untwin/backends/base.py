@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from untwin.backends.ledger import Ledger
 from untwin.stages.base import Stage, Task
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """How a stage went: units and rows done, and seconds of wall time it took."""
+    """How a stage went: units and rows done, seconds of wall time, and units taken over from an interrupted run."""
 
     name: str
     n_units: int
     n_rows: int
     seconds: float
+    n_reused: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,15 @@ class Executor(ABC):
     """Runs stages."""
 
     @abstractmethod
-    def execute(self, stages: Sequence[Stage], progress: Progress | None = None) -> Outcome:
+    def execute(
+        self, stages: Sequence[Stage], progress: Progress | None = None, ledger: Ledger | None = None
+    ) -> Outcome:
         """Run all stages over all units, honouring barriers.
+
+        Args:
+            stages: In order.
+            progress: Gets told how far the work is.
+            ledger: What is done already and need not be done again, and where to note what is.
 
         Raises:
             UntwinError: What a unit raised, unchanged.

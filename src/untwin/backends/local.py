@@ -6,17 +6,20 @@ import ctypes
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from untwin.backends.base import Executor, NoProgress, Outcome, Progress, StageReport, segments
+from untwin.backends.ledger import Ledger
 from untwin.errors import ParameterError, ResourceError
 from untwin.stages.base import Context, Stage, Task, Upstream
+from untwin.storage.files import DISK_FULL, Recording
 
 _DEFAULT_MEMORY = 4 << 30
 _log = logging.getLogger("untwin")
@@ -56,38 +59,56 @@ class LocalExecutor(Executor):
         if self.memory < 1 << 20:
             raise ParameterError(f"memory is {memory} bytes; give at least 64 MB, as in 4GB or 512MB")
 
-    def execute(self, stages: Sequence[Stage], progress: Progress | None = None) -> Outcome:
-        """Run all stages over all units, honouring barriers."""
+    def execute(
+        self, stages: Sequence[Stage], progress: Progress | None = None, ledger: Ledger | None = None
+    ) -> Outcome:
+        """Run all stages over all units, honouring barriers. An interrupt does not wait for the units in flight."""
         shown = progress or NoProgress()
         upstream = Upstream()
         results: dict[str, tuple[Task, ...]] = {}
         reports: list[StageReport] = []
-        with (
-            _system_allocator(),
-            threadpool_limits(1, user_api="blas"),
-            ThreadPoolExecutor(self.workers, "untwin") as pool,
-        ):
+        stopped = threading.Event()
+        with _system_allocator(), threadpool_limits(1, user_api="blas"), _threads(self.workers, stopped) as pool:
             for chain in segments(stages):
                 started = time.perf_counter()
-                units = chain[0].units(upstream)
-                run = _Chain(chain)
-                shown.start(" + ".join(stage.name for stage in chain), sum(unit.n_rows for unit in units))
-                try:
-                    self._run_units(run, units, pool, shown)
-                finally:
-                    shown.finish()
-                for stage in chain:
-                    stage.finish()
+                run = _Chain(chain, ledger, stopped)
+                n_rows, n_reused = self._run_chain(run, upstream, pool, shown, ledger)
                 seconds = time.perf_counter() - started
                 for index, stage in enumerate(chain):
-                    done = tuple(sorted(run.results[index], key=lambda task: task.unit))
+                    done = run.results_of(index)
                     results[stage.name] = done
                     upstream = Upstream((*upstream.stages, done))
-                    n_rows = sum(unit.n_rows for unit in units)
-                    reports.append(StageReport(stage.name, len(done), n_rows, seconds * run.share(index)))
+                    reports.append(StageReport(stage.name, len(done), n_rows, seconds * run.share(index), n_reused))
                     if stage.verbose:
                         _log.info("%s: %d units, %d rows, %.2f s", stage.name, len(done), n_rows, reports[-1].seconds)
         return Outcome(results, tuple(reports))
+
+    def _run_chain(
+        self, run: _Chain, upstream: Upstream, pool: ThreadPoolExecutor, shown: Progress, ledger: Ledger | None
+    ) -> tuple[int, int]:
+        """Do what is left of a chain; returns its rows, and the units that were done already."""
+        finished = ledger.finished(run.name) if ledger else None
+        if finished is not None:
+            run.results = [list(tasks) for tasks in finished.tasks]
+            n_rows, n_reused = finished.n_rows, len(run.results[0])
+        else:
+            units = run.stages[0].units(upstream)
+            n_rows = sum(unit.n_rows for unit in units)
+            left = [unit for unit in units if not run.reuse(unit)]
+            n_reused = len(units) - len(left)
+            shown.start(" + ".join(stage.name for stage in run.stages), n_rows)
+            try:
+                if n_reused:
+                    shown.advance(n_rows - sum(unit.n_rows for unit in left))
+                self._run_units(run, left, pool, shown)
+            finally:
+                shown.finish()
+            if ledger:
+                tasks = [run.results_of(index) for index in range(len(run.stages))]
+                ledger.finish(run.name, tasks, n_rows, [path for stage in run.stages for path in stage.scratch()])
+        for stage in run.stages:
+            stage.finish()
+        return n_rows, n_reused
 
     def _run_units(self, run: _Chain, units: Sequence[Task], pool: ThreadPoolExecutor, progress: Progress) -> None:
         for unit in units:
@@ -124,17 +145,21 @@ class LocalExecutor(Executor):
                     unit = pending.pop(future)
                     future.result()
                     progress.advance(unit.n_rows)
-        finally:
+        except Exception:
             for future in pending:
                 future.cancel()
             wait(pending)
+            raise
 
 
 class _Chain:
     """Stages that run one after the other on each unit."""
 
-    def __init__(self, stages: list[Stage]) -> None:
+    def __init__(self, stages: list[Stage], ledger: Ledger | None, stopped: threading.Event) -> None:
         self.stages = stages
+        self.name = ".".join(stage.name.replace(" ", "-") for stage in stages)
+        self._ledger = ledger
+        self._stopped = stopped
         self.results: list[list[Task]] = [[] for _ in stages]
         self._seconds = [0.0] * len(stages)
         self.splittable = all(stage.splittable for stage in stages)
@@ -154,18 +179,64 @@ class _Chain:
         total = sum(self._seconds)
         return self._seconds[index] / total if total else 1.0 / len(self.stages)
 
+    def results_of(self, index: int) -> tuple[Task, ...]:
+        """What came out of one of the stages, in unit order."""
+        return tuple(sorted(self.results[index], key=lambda task: task.unit))
+
+    def reuse(self, unit: Task) -> bool:
+        """Take over what is done of a unit; False if it has to be done."""
+        known = self._ledger.reuse(self.name, unit) if self._ledger else None
+        for results, task in zip(self.results, known or (), strict=False):
+            results.append(task)
+        return known is not None
+
     def process(self, unit: Task, context: Context) -> None:
+        recording = Recording(self._stopped)
+        with recording.active() if self._ledger else nullcontext():
+            tasks = self._process(unit, context)
+        if self._ledger:
+            recording.check()
+            self._ledger.record(self.name, unit, tasks, list(recording.files.values()))
+        for results, task in zip(self.results, tasks, strict=True):
+            results.append(task)
+        self._trim()
+
+    def _process(self, unit: Task, context: Context) -> list[Task]:
         task = unit
+        tasks = []
         for index, stage in enumerate(self.stages):
             started = time.perf_counter()
             try:
                 task = stage.process(task, context)
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    error.add_note(f"in stage {stage.name}, unit {unit.unit}")
+                    raise
+                raise ResourceError(
+                    f"stage {stage.name}: no space left on the device; make room, then run again"
+                ) from error
             except Exception as error:
                 error.add_note(f"in stage {stage.name}, unit {unit.unit}")
                 raise
             self._seconds[index] += time.perf_counter() - started
-            self.results[index].append(task)
-        self._trim()
+            tasks.append(task)
+        return tasks
+
+
+@contextmanager
+def _threads(workers: int, stopped: threading.Event) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads. After an interrupt it is left alone: what still runs writes no file any more."""
+    pool = ThreadPoolExecutor(workers, "untwin")
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _memory_trimmer() -> Callable[[], None]:

@@ -8,20 +8,24 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import untwin
 from untwin.backends.base import Progress
+from untwin.backends.ledger import Ledger
+from untwin.backends.local import LocalExecutor
 from untwin.core import threshold
 from untwin.errors import OutputExistsError, ParameterError
 from untwin.jobs.output import OutputFolder
-from untwin.jobs.parameters import parse_bytes
-from untwin.jobs.record import collect, eps_table, now, package_versions, peak_memory, stage_table
+from untwin.jobs.parameters import RunParameters, parse_bytes
+from untwin.jobs.record import collect, eps_table, now, package_versions, peak_memory, result_files, stage_table
 from untwin.jobs.result import RunResult
 from untwin.jobs.run import make_executor, parameters_of, removal_stage
 from untwin.pipeline import Pipeline
 from untwin.stages.duplicates import IdentifyDuplicatesStage
 from untwin.stages.pairwise import PairwiseStage
-from untwin.stages.tasks import DuplicatesTask, PairsTask
+from untwin.stages.tasks import ClustersTask, DuplicatesTask, PairsTask
 from untwin.storage.files import Storage, normalize_path, redact
 from untwin.storage.listing import Listing
+from untwin.storage.lock import check_unlocked, locked
 
 
 def apply(
@@ -69,7 +73,9 @@ def apply(
         drop_intermediate=False,
         kept=kept or run["parameters"]["kept"],
     )
-    done = _existing(folder, run, parameters.answer())
+    folder.check_is_folder()
+    check_unlocked(storage, folder.path)
+    done, _ = _existing(folder, run, parameters.answer())
     if done is not None:
         return RunResult.from_run(folder, done)
     if not storage.names(run_folder.file("kmeans")):
@@ -80,7 +86,31 @@ def apply(
     listing = Listing.read(storage, run_folder.listing_path)
     if parameters.kept != "none":
         listing.check_unchanged(storage)
+    with locked(storage, folder.path):
+        done, begun = _existing(folder, run, parameters.answer())
+        if done is not None:
+            return RunResult.from_run(folder, done)
+        ledger = folder.resume(known=begun)
+        if not begun:
+            listing.write(storage, folder.listing_path)
+            folder.write_plan(parameters.answer(), run["input"], applied_to=_origin(run_folder, run))
+        return _execute(run_folder, folder, run, parameters, listing, ledger, executor, progress)
+
+
+def _execute(
+    run_folder: OutputFolder,
+    folder: OutputFolder,
+    run: Mapping[str, Any],
+    parameters: RunParameters,
+    listing: Listing,
+    ledger: Ledger,
+    executor: LocalExecutor,
+    progress: Progress | None,
+) -> RunResult:
     started = time.perf_counter()
+    storage = folder.storage
+    eps = parameters.eps
+    assert eps is not None
     kwargs = {"storage_options": dict(storage.options)}
     pairwise = PairwiseStage(
         id_field=parameters.id_field,
@@ -93,47 +123,61 @@ def apply(
         compare_to=parameters.compare_to,
         eps=eps,
     )
+    made = Ledger(storage, run_folder.path)
+    made.load(check=False)
+    pairwise.clusters = [task for task in made.tasks_of(ClustersTask) if task.clusters]
     identify = IdentifyDuplicatesStage(folder.path, eps, read_kwargs=kwargs, write_kwargs=kwargs)
     identify.n_input_rows = listing.n_rows
     stages: list[Any] = [pairwise, identify]
     if parameters.kept != "none":
         stages.append(removal_stage(parameters, listing, folder))
-    outcome = Pipeline("untwin apply", stages=stages).run(executor, progress)
+    outcome = Pipeline("untwin apply", stages=stages).run(executor, progress, ledger)
+    if run_folder.read_run() != run:
+        raise OutputExistsError(f"{redact(run_folder.path)}: another run began there; this answer is of no use")
     (found,) = collect(outcome, DuplicatesTask)
     record = dict(run)
     record.pop("audit", None)
     record["finished"] = now()
     record["parameters"] = parameters.answer()
     record["packages"] = package_versions()
-    record["applied_to"] = {"path": redact(run_folder.path), "finished": run["finished"]}
+    record["applied_to"] = _origin(run_folder, run)
     record["rows"] = {
         **run["rows"],
         "kept": found.n_kept,
         "duplicates": found.n_duplicates,
         "groups": found.n_groups,
     }
-    record["resources"] = {"backend": backend, "workers": executor.workers, "memory_bytes": executor.memory}
+    record["resources"] = {"backend": "local", "workers": executor.workers, "memory_bytes": executor.memory}
     record["stages"] = stage_table(outcome)
     record["eps_table"] = eps_table(collect(outcome, PairsTask), parameters, found.n_duplicates)
+    record["files"] = {**run["files"], "duplicates": result_files(outcome, folder)["duplicates"]}
     record["peak_memory_bytes"] = peak_memory()
     record["seconds"] = round(time.perf_counter() - started, 3)
     storage.write_json(folder.run_path, record)
     return RunResult.from_run(folder, record)
 
 
-def _existing(folder: OutputFolder, run: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The answer that is there already; None if the folder is free."""
-    folder.check_is_folder()
-    names = folder.storage.names(folder.path)
-    if not names:
-        return None
+def _origin(run_folder: OutputFolder, run: Mapping[str, Any]) -> dict[str, Any]:
+    return {"path": redact(run_folder.path), "finished": run["finished"]}
+
+
+def _existing(
+    folder: OutputFolder, run: Mapping[str, Any], answer: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, bool]:
+    """The answer that is there already, and whether it was begun; None and False if the folder is free."""
     known = folder.read_run()
+    plan = folder.storage.read_json(folder.plan_path) if folder.storage.exists(folder.plan_path) else None
+    begun = known or plan
+    if begun is None and not folder.foreign_names():
+        return None, False
     if (
-        known is not None
-        and known.get("applied_to", {}).get("finished") == run["finished"]
-        and known["parameters"] == answer
+        begun is not None
+        and begun.get("applied_to", {}).get("finished") == run["finished"]
+        and begun["parameters"] == answer
+        and (known is not None or begun.get("untwin") == untwin.__version__)
     ):
-        return known
+        return known, True
+    names = folder.storage.names(folder.path)
     raise OutputExistsError(
         f"{redact(folder.path)}: holds something else already ({', '.join(names[:5])}); give another folder with --to, "
         "or remove that one"

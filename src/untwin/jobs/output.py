@@ -8,15 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import untwin
+from untwin.backends.ledger import Ledger
 from untwin.errors import OutputExistsError
 from untwin.storage.files import Storage, is_remote, join, redact
 from untwin.storage.listing import Listing
+from untwin.storage.lock import LOCK
 
 FORMAT_VERSION = 1
 _TEMPORARY = r"_tmp-[0-9a-f]{32}"
 _OURS = re.compile(
     r"(?:eps=[^/]+/)?(?:"
-    r"run\.json|groups\.parquet|_plan/(?:plan\.json|listing\.parquet)|(?:_work|_audit)/.*|"
+    r"run\.json|_lock\.json|_done/(?:.*/)?[^/]+\.json|groups\.parquet|_plan/(?:plan\.json|listing\.parquet)|(?:_work|_audit)/.*|"
     r"kmeans/(?:_centroids\.npy|_work/.*|centroid=\d+/part-\d+\.parquet)|"
     r"pairwise/(?:cluster_\d+\.parquet|_rows/unit-\d+\.npy|_work/.*)|"
     r"duplicates/(?:part-\d+\.parquet|_kept\.bits|_work/.*)|"
@@ -67,23 +70,35 @@ class OutputFolder:
         run: dict[str, Any] = self.storage.read_json(self.run_path)
         return run
 
-    def finished_same(self, answer: Mapping[str, Any], digest: str) -> dict[str, Any] | None:
-        """The `run.json` of a finished run with the same parameters and input; None if the folder is free.
+    def write_plan(self, parameters: Mapping[str, Any], described: Mapping[str, Any], **more: Any) -> None:
+        """Write what is to be done; from here on the folder holds an unfinished run."""
+        plan = {"format_version": FORMAT_VERSION, "untwin": untwin.__version__, "parameters": parameters}
+        self.storage.write_json(self.plan_path, {**plan, "input": described, **more})
+
+    def foreign_names(self) -> list[str]:
+        """Some of what lies in a folder without a plan, besides what a run leaves that was killed before its plan."""
+        names = [name for name in self.storage.names(self.path) if name not in (LOCK, "_plan")]
+        names += [f"_plan/{name}" for name in self.storage.names(self.file("_plan")) if name != "listing.parquet"]
+        return [name for name in names if not re.fullmatch(_TEMPORARY, posixpath.basename(name))]
+
+    def read_same(self, answer: Mapping[str, Any], listing: Listing) -> tuple[Any, Any]:
+        """The plan and the `run.json` of a run with the same parameters and input; None for what is not there.
 
         Raises:
             OutputExistsError: The folder holds something else.
         """
-        names = self.storage.names(self.path)
-        if not names:
-            return None
         if not self.storage.exists(self.plan_path):
-            raise OutputExistsError(
-                f"{redact(self.path)}: holds files that untwin did not make ({', '.join(names[:5])}); "
-                "choose an empty or new folder"
-            )
+            names = self.foreign_names()
+            if names:
+                raise OutputExistsError(
+                    f"{redact(self.path)}: holds files that untwin did not make ({', '.join(names[:5])}); "
+                    "choose an empty or new folder"
+                )
+            return None, None
         run = self.read_run()
-        known = run or self.storage.read_json(self.plan_path)
-        if known.get("format_version") != FORMAT_VERSION:
+        plan = self.storage.read_json(self.plan_path)
+        known = run or plan
+        if known.get("format_version") != FORMAT_VERSION or (run is None and known.get("untwin") != untwin.__version__):
             raise OutputExistsError(
                 f"{redact(self.path)}: was made by another version of untwin; choose another folder or give --overwrite"
             )
@@ -93,18 +108,38 @@ class OutputFolder:
             for name in answer
             if before.get(name) != answer.get(name)
         ]
-        if not differing and known["input"]["digest"] != digest:
-            differing = ["the input files (another listing, size or modification time)"]
+        if not differing and known["input"]["digest"] != listing.digest():
+            changes = listing.difference(Listing.read(self.storage, self.listing_path))
+            differing = [f"the input files: {changes}"]
         if differing:
             raise OutputExistsError(
                 f"{redact(self.path)}: holds a run that differs in {'; '.join(differing)}; choose another folder, "
                 "or give --overwrite to remove that run and start anew"
             )
-        if run is None:
-            raise OutputExistsError(
-                f"{redact(self.path)}: holds a run that did not finish; give --overwrite to remove it and start anew"
-            )
-        return run
+        return plan, run
+
+    def resume(self, *, known: bool) -> Ledger:
+        """What is done of a run here; files of ours that no finished unit lists are removed.
+
+        Args:
+            known: There is an unfinished run to go on with; else nothing here counts.
+        """
+        ledger = Ledger(self.storage, self.path)
+        if known:
+            ledger.load()
+        else:
+            ledger.forget()
+        listed = ledger.files()
+        mirrored = self._mirrored()
+        for file in self.storage.find(self.path) if self.storage.is_folder(self.path) else []:
+            relative = file.path[len(self.path) :].strip("/")
+            if relative.startswith("eps=") or relative in listed or relative == LOCK:
+                continue
+            temporary = re.fullmatch(_TEMPORARY, posixpath.basename(relative))
+            markers = relative.startswith(("_plan/", "_done/"))
+            if temporary or (not markers and self._is_ours(relative, mirrored)):
+                self.storage.remove(file.path)
+        return ledger
 
     def clear(self) -> None:
         """Remove an earlier run: exactly the files that untwin makes.
@@ -112,12 +147,31 @@ class OutputFolder:
         Raises:
             OutputExistsError: There is a file that untwin did not make; nothing is removed then.
         """
-        if not self.storage.names(self.path):
-            return
         if not self.storage.exists(self.plan_path):
+            if self.foreign_names():
+                raise OutputExistsError(
+                    f"{redact(self.path)}: holds no run of untwin; --overwrite removes nothing else; "
+                    "choose another folder"
+                )
+            return
+        mirrored = self._mirrored()
+        files = [file.path for file in self.storage.find(self.path)]
+        foreign = [path for path in files if not self._is_ours(path[len(self.path) :].strip("/"), mirrored)]
+        if foreign:
             raise OutputExistsError(
-                f"{redact(self.path)}: holds no run of untwin; --overwrite removes nothing else; choose another folder"
+                f"{redact(self.path)}: holds files that untwin did not make ({', '.join(map(redact, foreign[:5]))}); "
+                "move them away before --overwrite"
             )
+        # what says that there is a result goes first, and what says that it is ours goes last
+        names = self.storage.names(self.path)
+        first = [name for name in ("run.json", "_done") if name in names]
+        for name in (*first, *(name for name in names if name not in (*first, "_plan", LOCK))):
+            self.storage.remove(self.file(name))
+        self.storage.remove(self.plan_path)
+        self.storage.remove(self.file("_plan"))
+
+    def _mirrored(self) -> set[str]:
+        """The names, without ending, that files of `kept/` can have after files of the input."""
         mirrored: set[str] = set()
         if self.storage.exists(self.listing_path):
             relative = Listing.read(self.storage, self.listing_path).files["relative"].to_pylist()
@@ -127,17 +181,7 @@ class OutputFolder:
                 if name.endswith(".npy"):
                     folder, number = posixpath.dirname(stem), stem.rpartition("_")[2]
                     mirrored |= {posixpath.join(folder, f"{kind}_{number}") for kind in ("img_emb", "metadata")}
-        files = [file.path for file in self.storage.find(self.path)]
-        foreign = [path for path in files if not self._is_ours(path[len(self.path) :].strip("/"), mirrored)]
-        if foreign:
-            raise OutputExistsError(
-                f"{redact(self.path)}: holds files that untwin did not make ({', '.join(map(redact, foreign[:5]))}); "
-                "move them away before --overwrite"
-            )
-        for name in self.storage.names(self.path):
-            if name != "_plan":
-                self.storage.remove(self.file(name))
-        self.storage.remove(self.file("_plan"))
+        return mirrored
 
     @staticmethod
     def _is_ours(relative: str, mirrored: set[str]) -> bool:

@@ -25,7 +25,15 @@ from untwin.jobs.output import FORMAT_VERSION, OutputFolder
 from untwin.jobs.parameters import RunParameters
 from untwin.stages.clustering import add_counts
 from untwin.stages.pairwise import merge_examples
-from untwin.stages.tasks import CentroidsTask, DuplicatesTask, KeptTask, PairsTask, RepeatsTask, ShardsTask
+from untwin.stages.tasks import (
+    CentroidsTask,
+    ClustersTask,
+    DuplicatesTask,
+    KeptTask,
+    PairsTask,
+    RepeatsTask,
+    ShardsTask,
+)
 from untwin.storage.bitmap import empty_bitmap, set_bits
 from untwin.storage.files import redact
 from untwin.storage.inputs import naming_file
@@ -97,11 +105,12 @@ def row_counts(outcome: Outcome, n_rows: int) -> dict[str, Any]:
 
 
 def stage_table(outcome: Outcome) -> list[dict[str, Any]]:
-    """Seconds and rows a second of each stage."""
+    """Units, those of them that an interrupted run had done, seconds and rows a second of each stage."""
     return [
         {
             "name": report.name,
             "units": report.n_units,
+            "reused": report.n_reused,
             "rows": report.n_rows,
             "seconds": round(report.seconds, 3),
             "rows_per_second": round(report.n_rows / report.seconds) if report.seconds else 0,
@@ -186,7 +195,21 @@ def run_record(
     return record
 
 
-def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder, rejected_path: str) -> None:
+def _rejected_files(outcome: Outcome) -> list[str]:
+    tasks = (*collect(outcome, ShardsTask), *collect(outcome, ClustersTask))
+    return [task.rejected_path for task in tasks if task.rejected_path]
+
+
+def result_files(outcome: Outcome, folder: OutputFolder) -> dict[str, list[str]]:
+    """The files of `duplicates/` and `rejected/`, relative to the folder: readers need not list it."""
+    found = {
+        "duplicates": [path for task in collect(outcome, DuplicatesTask) for path in task.files],
+        "rejected": _rejected_files(outcome),
+    }
+    return {name: [path[len(folder.path) :].lstrip("/") for path in paths] for name, paths in found.items()}
+
+
+def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder) -> None:
     """Make sure that every input row is exactly one of kept, duplicate, rejected.
 
     Each compared row is kept or a duplicate; so every row must be compared or rejected, and none twice.
@@ -200,8 +223,7 @@ def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder, re
         rows = np.asarray(read_array(folder.storage, task.rows_path), np.int64)
         set_bits(seen, rows)
         n_seen += len(rows)
-    for name in folder.storage.names(rejected_path):
-        path = f"{rejected_path}/{name}"
+    for path in _rejected_files(outcome):
         with naming_file(path), folder.storage.open(path) as source:
             table = pq.read_table(source, columns=["file", "row"], partitioning=None)
         files = pc.index_in(table["file"].cast(pa.large_string()), listing.files["path"].combine_chunks())

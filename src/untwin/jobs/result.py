@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +39,14 @@ class EpsRow:
 
 @dataclass(frozen=True)
 class StageTiming:
-    """Seconds and rows a second of a stage."""
+    """Seconds and rows a second of a stage, and how many of its units an interrupted run had done."""
 
     name: str
     units: int
     rows: int
     seconds: float
     rows_per_second: float
+    reused: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,11 @@ class RunResult:
         )
 
     @property
+    def n_reused(self) -> int:
+        """Units of work that were taken over from a run that was interrupted."""
+        return sum(stage.reused for stage in self.timings)
+
+    @property
     def duplicate_share(self) -> float:
         """Duplicates as a share of the input's rows."""
         return self.n_duplicates / self.n_rows if self.n_rows else 0.0
@@ -223,20 +229,20 @@ class RunResult:
     def duplicates(self) -> pa.Table:
         """All duplicates: `id`, `kept_id`, `cosine_sim_score`, `centroid`, sorted by id."""
         self._need_eps()
-        return pa.concat_tables(list(self._tables(self.duplicates_path)))
+        return pa.concat_tables([self._read(path, None) for path in self._duplicate_files()])
 
     def duplicates_of(self, kept_id: object) -> pa.Table:
         """The duplicates that were removed because of one kept row, the most similar first."""
         self._need_eps()
-        first = next(name for name in self._storage.names(self.duplicates_path) if name.endswith(".parquet"))
-        with self._storage.open(join(self.duplicates_path, first)) as source:
+        files = self._duplicate_files()
+        with self._storage.open(files[0]) as source:
             id_type = pq.read_schema(source).field("kept_id").type
         try:
             wanted = pa.scalar(kept_id, id_type)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise ParameterError(f"kept_id is {kept_id!r}, but the ids of this run are of type {id_type}") from error
         condition = pc.field("kept_id") == wanted
-        table = pa.concat_tables(list(self._tables(self.duplicates_path, condition)))
+        table = pa.concat_tables([self._read(path, condition) for path in files])
         return table.sort_by([("cosine_sim_score", "descending"), ("id", "ascending")])
 
     def kept_ids(self) -> pa.Table:
@@ -274,10 +280,8 @@ class RunResult:
             }
         )
 
-    def _tables(self, folder: str, condition: pc.Expression | None = None) -> Iterator[pa.Table]:
-        for name in self._storage.names(folder):
-            if name.endswith(".parquet"):
-                yield self._read(join(folder, name), condition)
+    def _duplicate_files(self) -> list[str]:
+        return [join(self.output_path, name) for name in self.run["files"]["duplicates"]]
 
     def _read(self, path: str, condition: pc.Expression | None) -> pa.Table:
         with naming_file(path), self._storage.open(path) as source:

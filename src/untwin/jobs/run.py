@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from untwin.backends.base import Progress
+from untwin.backends.ledger import Ledger
 from untwin.backends.local import LocalExecutor
 from untwin.errors import OutputExistsError, ParameterError, ResourceError
-from untwin.jobs.output import FORMAT_VERSION, OutputFolder
+from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
 from untwin.jobs.recall import measure_recall
-from untwin.jobs.record import check_every_row, describe_input, now, run_record
+from untwin.jobs.record import check_every_row, describe_input, now, result_files, run_record
 from untwin.jobs.result import RunResult
 from untwin.pipeline import Pipeline
 from untwin.plan import Plan, make_plan
@@ -24,7 +25,10 @@ from untwin.stages.pairwise import PairwiseStage
 from untwin.stages.removal import RemoveDuplicatesStage
 from untwin.storage.files import Storage, normalize_path, real_path, redact
 from untwin.storage.listing import Fields, Listing, list_inputs
+from untwin.storage.lock import check_unlocked, locked
 
+CHECKED = "check"
+"""Noted in the ledger once every row was found to be kept, duplicate or rejected."""
 _MAX_ITER = 20
 _SIDE_BYTES = 150
 BACKENDS = ("local",)
@@ -41,6 +45,7 @@ class PreparedRun:
         folder: The output.
         executor: The backend.
         done: The result, if the output holds just this run already.
+        overwrite: Remove an earlier run first.
     """
 
     parameters: RunParameters
@@ -49,6 +54,7 @@ class PreparedRun:
     folder: OutputFolder
     executor: LocalExecutor
     done: RunResult | None
+    overwrite: bool = False
 
     @property
     def disk_bytes(self) -> int:
@@ -94,21 +100,46 @@ class PreparedRun:
             )
 
     def execute(self, progress: Progress | None = None) -> RunResult:
-        """Do the work; or give back the result that is there."""
-        if self.done is not None:
-            return self._audited(dict(self.done.run), progress) if self.to_audit else self.done
+        """Do the work, or what is left of it; or give back the result that is there.
+
+        Raises:
+            OutputInUseError: Another run works on the output.
+            UntwinError: See `untwin.errors`.
+        """
+        if self.done is not None and not self.to_audit:
+            return self.done
+        folder = self.folder
+        with locked(folder.storage, folder.path):
+            if self.overwrite:
+                folder.clear()
+            # another run may have worked here since this one was prepared
+            plan, run = folder.read_same(self.parameters.answer(), self.listing)
+            if run is not None:
+                return self._finished(run, progress)
+            ledger = folder.resume(known=plan is not None)
+            if plan is None:
+                self.listing.write(folder.storage, folder.listing_path)
+                described = describe_input(self.listing, self.parameters)
+                folder.write_plan(self.parameters.answer(), described, started=now(), plan=self.plan.to_json())
+            return self._execute(ledger, progress)
+
+    def _execute(self, ledger: Ledger, progress: Progress | None) -> RunResult:
         started = time.perf_counter()
         parameters, folder = self.parameters, self.folder
         kmeans, pairwise = self.stages()
-        self._write_plan()
         stages: list[Any] = [kmeans, pairwise]
         kwargs = {"storage_options": dict(parameters.storage_options)}
         if parameters.eps is not None:
             stages.append(IdentifyDuplicatesStage(folder.path, parameters.eps, read_kwargs=kwargs, write_kwargs=kwargs))
             if parameters.kept != "none":
                 stages.append(removal_stage(parameters, self.listing, folder))
-        outcome = Pipeline("untwin run", stages=stages).run(self.executor, progress)
-        check_every_row(outcome, self.listing, folder, kmeans.rejected_path)
+        outcome = Pipeline("untwin run", stages=stages).run(self.executor, progress, ledger)
+        intermediate = [] if parameters.audit else self._intermediate
+        if ledger.finished(CHECKED) is None:
+            check_every_row(outcome, self.listing, folder)
+            ledger.finish(CHECKED, (), self.listing.n_rows, intermediate)
+        for path in intermediate:
+            folder.storage.remove(path)
         record = run_record(
             parameters,
             self.listing,
@@ -120,42 +151,33 @@ class PreparedRun:
                 "memory_bytes": self.executor.memory,
             },
         )
-        if parameters.drop_intermediate and not parameters.audit:
-            self._drop()
+        record["files"] = result_files(outcome, folder)
         record["seconds"] = round(time.perf_counter() - started, 3)
         folder.storage.write_json(folder.run_path, record)
-        return self._audited(record, progress) if parameters.audit else RunResult.from_run(folder, record)
+        return self._finished(record, progress)
 
     @property
     def to_audit(self) -> bool:
         """Whether an audit is asked for and not there yet."""
         return self.parameters.audit and (self.done is None or self.done.audit is None)
 
-    def _audited(self, record: dict[str, Any], progress: Progress | None) -> RunResult:
-        """Add the audit to a run that is written already, so that an audit that fails costs no more than itself."""
-        record["audit"] = measure_recall(self.folder, record, self.executor, progress=progress)
-        if self.parameters.drop_intermediate:
-            self._drop()
-        self.folder.storage.write_json(self.folder.run_path, record)
-        return RunResult.from_run(self.folder, record)
+    @property
+    def _intermediate(self) -> list[str]:
+        """Folders to remove at the end."""
+        return [self.folder.file(name) for name in ("kmeans", "pairwise")] if self.parameters.drop_intermediate else []
 
-    def _drop(self) -> None:
-        self.folder.storage.remove(self.folder.file("kmeans"))
-        self.folder.storage.remove(self.folder.file("pairwise"))
+    def _finished(self, record: dict[str, Any], progress: Progress | None) -> RunResult:
+        """The result of a run that is written; an audit is added if it is asked for and not there yet.
 
-    def _write_plan(self) -> None:
+        The run is written before its audit, so that an audit that fails costs no more than itself.
+        """
         folder = self.folder
-        self.listing.write(folder.storage, folder.listing_path)
-        folder.storage.write_json(
-            folder.plan_path,
-            {
-                "format_version": FORMAT_VERSION,
-                "started": now(),
-                "parameters": self.parameters.answer(),
-                "input": describe_input(self.listing, self.parameters),
-                "plan": self.plan.to_json(),
-            },
-        )
+        if self.parameters.audit and record.get("audit") is None:
+            record["audit"] = measure_recall(folder, record, self.executor, progress=progress)
+            folder.storage.write_json(folder.run_path, record)
+            for path in self._intermediate:
+                folder.storage.remove(path)
+        return RunResult.from_run(folder, record)
 
     def stages(self) -> tuple[KMeansStage, PairwiseStage]:
         """The first two steps, with the parameters of this run."""
@@ -238,6 +260,7 @@ def prepare(parameters: RunParameters, executor: LocalExecutor, *, overwrite: bo
     storage = Storage(parameters.storage_options)
     folder = OutputFolder(storage, normalize_path(parameters.output))
     folder.check_is_folder()
+    check_unlocked(storage, folder.path)
     excluded = [folder.path]
     target = real_path(folder.path)
     for path in parameters.inputs:
@@ -261,14 +284,15 @@ def prepare(parameters: RunParameters, executor: LocalExecutor, *, overwrite: bo
     )
     parameters.ranking().check_types(dict(zip(parameters.carried_fields, listing.metadata_types, strict=True)))
     plan = make_plan(listing.groups().rows, dim=listing.dim, n_clusters=parameters.n_clusters)
-    done = None
-    if overwrite:
-        if storage.names(folder.path) and not storage.exists(folder.plan_path):
-            folder.clear()
-    else:
-        run = folder.finished_same(parameters.answer(), listing.digest())
-        done = RunResult.from_run(folder, run) if run is not None else None
-    prepared = PreparedRun(parameters, listing, plan, folder, executor, done)
+    known = run = None
+    if not overwrite:
+        known, run = folder.read_same(parameters.answer(), listing)
+    elif not storage.exists(folder.plan_path):
+        folder.clear()
+    if known is not None:
+        plan = Plan.from_json(known["plan"])
+    done = RunResult.from_run(folder, run) if run is not None else None
+    prepared = PreparedRun(parameters, listing, plan, folder, executor, done, overwrite)
     if done is None:
         prepared.stages()
         prepared.check()
@@ -361,10 +385,7 @@ def deduplicate(
         storage_options=dict(storage_options or {}),
     )
     executor = make_executor("local", workers, None if memory is None else parse_bytes(memory))
-    prepared = prepare(parameters, executor, overwrite=overwrite)
-    if overwrite:
-        prepared.folder.clear()
-    return prepared.execute(progress)
+    return prepare(parameters, executor, overwrite=overwrite).execute(progress)
 
 
 def parameters_of(run: Mapping[str, Any], storage_options: Mapping[str, Any]) -> RunParameters:

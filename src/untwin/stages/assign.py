@@ -199,7 +199,7 @@ class _ShardWriter:
         self._flush()
         job, task = self._job, self._task
         path = join(job.rejected_path, f"invalid-{task.unit:06d}.parquet")
-        self._rejected.write(job.target, path, job.listing)
+        rejected_path = self._rejected.write(job.target, path, job.listing)
         present = np.flatnonzero(self._cluster_rows)
         return ShardsTask(
             unit=task.unit,
@@ -210,4 +210,5 @@ class _ShardWriter:
             rejected=add_counts(self._reasons),
             sum_sq_dist=float(self._sums[0]),
             sum_cosine=float(self._sums[1]),
+            rejected_path=rejected_path,
         )

@@ -83,7 +83,15 @@ class Stage(ABC):
         """Refuse, before any work starts, what this stage cannot do after the stages `before` it.
 
         Raises:
-            UntwinError: It does not fit them, or would write where there is something already.
+            UntwinError: It does not fit them.
+        """
+        return
+
+    def check_output(self) -> None:
+        """Refuse to write where there is something already; not asked where a ledger knows what is there.
+
+        Raises:
+            OutputExistsError: There is something.
         """
         return
 
@@ -95,8 +103,12 @@ class Stage(ABC):
     def process(self, task: Any, context: Context) -> Task:
         """Do one unit of work. Doing it again gives the same files."""
 
+    def scratch(self) -> tuple[str, ...]:
+        """Folders that `finish` removes: nobody reads them once all units of the stage are done."""
+        return ()
+
     def finish(self) -> None:
-        """Clean up once all units are done."""
+        """Clean up once all units are done. Doing it again does no harm."""
         return
 
     def memory(self, task: Any) -> int:

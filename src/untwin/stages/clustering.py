@@ -142,10 +142,10 @@ class RejectedRows:
         self._rows.append(rows)
         self._reasons.append(reasons)
 
-    def write(self, storage: Storage, path: str, listing: Listing) -> None:
-        """Write them if there are any."""
+    def write(self, storage: Storage, path: str, listing: Listing) -> str:
+        """Write them if there are any; returns the path, or nothing."""
         if not self._rows:
-            return
+            return ""
         rows = np.concatenate(self._rows)
         files, row_in_file = listing.locate(rows)
         reasons = np.concatenate(self._reasons)
@@ -159,6 +159,7 @@ class RejectedRows:
         )
         with storage.writing(path, durable=True) as sink:
             pq.write_table(table.sort_by([("file", "ascending"), ("row", "ascending")]), sink, compression="zstd")
+        return path
 
 
 def count_reasons(reasons: NDArray[np.uint8]) -> dict[str, int]:

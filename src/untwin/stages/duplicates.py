@@ -78,12 +78,15 @@ class _SelectStage(Stage):
         self._source, self._target, self._output_path, self._eps = source, target, output_path, eps
         self._work_path = join(output_path, "duplicates", "_work")
 
-    def check(self, before: Sequence[Stage]) -> None:
-        """Refuse an output that is there, and an eps that does not fit the `PairwiseStage` before this one."""
+    def check_output(self) -> None:
+        """Refuse an output that is there."""
         for name in ("duplicates", "groups.parquet"):
             path = join(self._output_path, name)
             if self._target.names(path) if name == "duplicates" else self._target.exists(path):
                 raise OutputExistsError(f"{redact(path)}: is there already; choose another output_path, or remove it")
+
+    def check(self, before: Sequence[Stage]) -> None:
+        """Refuse an eps that does not fit the `PairwiseStage` before this one."""
         if not before or not isinstance(before[-1], PairwiseStage):
             raise ParameterError(
                 "IdentifyDuplicatesStage has no pairwise results to read; add a PairwiseStage right before it"
@@ -195,6 +198,10 @@ class MergeStage(Stage):
         self._n_input_rows = models[0].n_input_rows if models else self._n_input_rows
         return [Task(0, sum(task.n_duplicates for task in self._selected))]
 
+    def scratch(self) -> tuple[str, ...]:
+        """The units' parts."""
+        return (join(self._output_path, "duplicates", "_work"),)
+
     def finish(self) -> None:
         """Remove the units' parts."""
         self._target.remove(join(self._output_path, "duplicates", "_work"))
@@ -211,22 +218,23 @@ class MergeStage(Stage):
         """Merge."""
         folder = join(self._output_path, "duplicates")
         paths = [selected.duplicates_path for selected in self._selected]
-        number = n_duplicates = 0
+        n_duplicates = 0
+        files: list[str] = []
         for table in merge_sorted(self._target, paths, ["id"], context.memory):
             n_duplicates += table.num_rows
             for low in range(0, table.num_rows, _FILE_ROWS):
-                path = join(folder, f"part-{number:05d}.parquet")
-                write_sorted(self._target, path, table.slice(low, _FILE_ROWS), durable=True)
-                number += 1
-        if not number:
+                files.append(join(folder, f"part-{len(files):05d}.parquet"))
+                write_sorted(self._target, files[-1], table.slice(low, _FILE_ROWS), durable=True)
+        if not files:
             with naming_file(paths[0]), self._target.open(paths[0]) as source:
                 empty = pq.read_table(source, partitioning=None)
-            write_sorted(self._target, join(folder, "part-00000.parquet"), empty, durable=True)
+            files.append(join(folder, "part-00000.parquet"))
+            write_sorted(self._target, files[-1], empty, durable=True)
         n_groups = self._write_groups(context)
         return DuplicatesTask(
             unit=0,
             n_rows=task.n_rows,
-            folder=folder,
+            files=tuple(files),
             kept_bitmap=self._write_bitmap(),
             n_kept=sum(selected.n_rows - selected.n_duplicates for selected in self._selected),
             n_duplicates=n_duplicates,

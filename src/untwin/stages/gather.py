@@ -61,6 +61,10 @@ class GatherStage(Stage):
                 self._repeated[reason] = job.work_file("repeats", f"_{reason.name.lower()}.bits")
                 job.target.write_bytes(self._repeated[reason], bitmap.tobytes())
 
+    def scratch(self) -> tuple[str, ...]:
+        """The sample, the shards and the hashes of ids."""
+        return (self.clustering.work_path,)
+
     def finish(self) -> None:
         """Remove the shards, and what this thread still holds."""
         hold(self.clustering.target, {})
@@ -85,8 +89,8 @@ class GatherStage(Stage):
         else:
             clusters = self._write_one(task, rejected)
         path = join(job.rejected_path, f"repeated-{task.unit:06d}.parquet")
-        rejected.write(job.target, path, job.listing)
-        return ClustersTask(task.unit, task.n_rows, task.dim, clusters)
+        rejected_path = rejected.write(job.target, path, job.listing)
+        return ClustersTask(task.unit, task.n_rows, task.dim, clusters, rejected_path=rejected_path)
 
     def _write_together(self, task: ClustersTask, rejected: RejectedRows) -> tuple[Cluster, ...]:
         job = self.clustering

@@ -142,16 +142,21 @@ class PairwiseStage(Stage):
         self.target = storage_of(write_kwargs)
         self.compare_to = compare_to
         self.eps = eps
+        self.clusters: Sequence[ClustersTask] | None = None
+        """The clusters, where they are known without looking into the input folder."""
         self._work_path = join(self.output_path, "_work")
 
-    def check(self, before: Sequence[Stage]) -> None:
-        """Refuse an output that is there, and parameters that do not fit the `KMeansStage` before this one."""
+    def check_output(self) -> None:
+        """Refuse an output that is there."""
         present = self.target.names(self.output_path)
         if present:
             raise OutputExistsError(
                 f"{redact(self.output_path)}: holds {present[0]!r} already; choose another output_path, or remove the "
                 "folder"
             )
+
+    def check(self, before: Sequence[Stage]) -> None:
+        """Refuse parameters that do not fit the `KMeansStage` before this one."""
         if not before:
             return
         gather = before[-1]
@@ -180,7 +185,7 @@ class PairwiseStage(Stage):
         """The clusters that the stage before made, or those found in the input folder."""
         if upstream.stages:
             return [task for task in upstream.last if isinstance(task, ClustersTask)]
-        return self._found_units()
+        return self._found_units() if self.clusters is None else self.clusters
 
     def _found_units(self) -> list[ClustersTask]:
         found = find_partitions(self.source, self.input_paths)
@@ -229,6 +234,10 @@ class PairwiseStage(Stage):
                 lengths = list_lengths(batch.column(0))
                 return int(lengths.max()) or 1
         raise InputNotFoundError(f"{redact(', '.join(self.input_paths))}: the clusters hold no rows")
+
+    def scratch(self) -> tuple[str, ...]:
+        """Files of clusters that do not fit the memory."""
+        return (self._work_path,)
 
     def finish(self) -> None:
         """Remove scratch files."""

@@ -89,14 +89,17 @@ class RemoveDuplicatesStage(Stage):
         self._hash_files: list[str] = []
         self._work_path = join(self.output_path, "_work")
 
-    def check(self, before: Sequence[Stage]) -> None:
-        """Refuse an output that is there, and a lack of anything to remove."""
+    def check_output(self) -> None:
+        """Refuse an output that is there."""
         present = self.target.names(self.output_path)
         if present:
             raise OutputExistsError(
                 f"{redact(self.output_path)}: holds {present[0]!r} already; choose another output_path, or remove the "
                 "folder"
             )
+
+    def check(self, before: Sequence[Stage]) -> None:
+        """Refuse a lack of anything to remove."""
         if self.duplicates_path is None and not any(isinstance(stage, MergeStage) for stage in before):
             raise ParameterError(
                 "RemoveDuplicatesStage has no duplicates to remove; add an IdentifyDuplicatesStage before it, or give "
@@ -139,20 +142,23 @@ class RemoveDuplicatesStage(Stage):
             self._bitmap = found[0].kept_bitmap
             bitmap = np.frombuffer(self.target.read_bytes(self._bitmap), np.uint8)
             return np.diff(counts_before(bitmap, groups.starts))
-        self._hash_duplicates(self.duplicates_path or found[0].folder, listing.id_type)
+        files = found[0].files if self.duplicates_path is None else self._duplicate_files(self.duplicates_path)
+        self._hash_duplicates(files, listing.id_type)
         return groups.rows
 
-    def _hash_duplicates(self, path: str, wanted: pa.DataType) -> None:
-        """Write 128-bit hashes of all duplicates' ids as sorted parts that fit the memory."""
-        storage = self.target
-        if storage.is_folder(path):
-            files = sorted(file.path for file in storage.find(path) if file.path.endswith(".parquet"))
-        elif storage.exists(path):
-            files = [path]
+    def _duplicate_files(self, path: str) -> Sequence[str]:
+        """The files of a list of duplicates that a user gave."""
+        if self.target.is_folder(path):
+            files = sorted(file.path for file in self.target.find(path) if file.path.endswith(".parquet"))
         else:
-            files = []
+            files = [path] if self.target.exists(path) else []
         if not files:
             raise InputNotFoundError(f"{redact(path)}: no list of duplicates there")
+        return files
+
+    def _hash_duplicates(self, files: Sequence[str], wanted: pa.DataType) -> None:
+        """Write 128-bit hashes of all duplicates' ids as sorted parts that fit the memory."""
+        storage = self.target
         held: list[NDArray[np.uint64]] = []
         n_held = 0
 
@@ -181,6 +187,10 @@ class RemoveDuplicatesStage(Stage):
                         held, n_held = [], 0
         if held:
             flush()
+
+    def scratch(self) -> tuple[str, ...]:
+        """Hashes of the duplicates' ids."""
+        return (self._work_path,)
 
     def finish(self) -> None:
         """Remove scratch files."""

@@ -62,6 +62,7 @@ class ShardsTask(Task):
         rejected: Rows of each reason.
         sum_sq_dist: Sum of squared distances to the centroids.
         sum_cosine: Sum of cosines to the centroids.
+        rejected_path: File of the rejected rows; empty if there are none.
     """
 
     shards: tuple[tuple[str, int, int], ...]
@@ -70,6 +71,7 @@ class ShardsTask(Task):
     rejected: Mapping[str, int]
     sum_sq_dist: float
     sum_cosine: float
+    rejected_path: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,19 @@ class Cluster:
 
 @dataclass(frozen=True)
 class ClustersTask(Task):
-    """Clusters that are worked on together."""
+    """Clusters that are worked on together.
+
+    Attributes:
+        dim: Length of the vectors.
+        clusters: Those that have rows.
+        has_rows: Each row has its number in the order of the input.
+        rejected_path: File of the rows that repeat an id; empty if there are none.
+    """
 
     dim: int
     clusters: tuple[Cluster, ...]
     has_rows: bool = True
+    rejected_path: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,12 +151,12 @@ class DuplicatesTask(Task):
     """All duplicates.
 
     Attributes:
-        folder: `duplicates/`.
+        files: `duplicates/*.parquet`.
         kept_bitmap: Bits of the rows that stay; empty where the input has no row numbers.
         n_kept: Rows of the clusters that stay.
     """
 
-    folder: str
+    files: tuple[str, ...]
     kept_bitmap: str
     n_kept: int
     n_duplicates: int

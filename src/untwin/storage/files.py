@@ -6,6 +6,8 @@ Local folders use the operating system directly; every other URL goes through fs
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import errno
 import functools
 import glob
 import json
@@ -16,6 +18,7 @@ import re
 import shutil
 import threading
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +35,9 @@ _SMALL_FILE_BYTES = 1 << 20
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp")
 """Packages whose errors say that a remote storage cannot be reached, or refuses."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when there is no room: on the device, in the quota, or for so large a file."""
+_CHECKSUM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,40 @@ class FoundFile:
     path: str
     size: int
     version: str
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A complete file: its path, size in bytes and CRC-32 (None on object storage, which keeps checksums itself)."""
+
+    path: str
+    size: int
+    checksum: int | None
+
+
+class Recording:
+    """The files that one unit of work writes; once it is stopped, no further file gets its name."""
+
+    def __init__(self, stopped: threading.Event | None = None) -> None:
+        self._stopped = stopped or threading.Event()
+        self.files: dict[str, WrittenFile] = {}
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt in a unit of an interrupted run."""
+        if self._stopped.is_set():
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Record what this thread writes."""
+        token = _recording.set(self)
+        try:
+            yield
+        finally:
+            _recording.reset(token)
+
+
+_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("untwin-recording", default=None)
 
 
 def is_remote(path: str) -> bool:
@@ -118,7 +158,7 @@ class Storage:
         except PermissionError as error:
             raise UntwinError(f"{redact(path)}: access denied ({error}); check the credentials") from error
         except OSError as error:
-            if error.errno == 28:
+            if error.errno in DISK_FULL:
                 raise ResourceError(
                     f"{redact(path)}: no space left on the device; make room, then run again"
                 ) from error
@@ -252,6 +292,7 @@ class Storage:
             path: Final path or URL; missing folders are made.
             durable: Force the content to the disk before the name appears (local files).
         """
+        recording = _recording.get()
         if is_remote(path):
             with self._explained(path):
                 remote = self._fs(path).open(path, "wb")
@@ -259,30 +300,38 @@ class Storage:
                 try:
                     sink = pa.PythonFile(remote, mode="w")
                     yield sink
+                    size = sink.tell()
                     sink.flush()
+                    if recording is not None:
+                        recording.check()
                     uploaded = True
                     remote.close()
+                    if recording is not None:
+                        recording.files[path] = WrittenFile(path, size, None)
                 except BaseException as error:
                     with contextlib.suppress(Exception):
                         remote.discard()
                     remote.closed = True
                     if uploaded and isinstance(error, FileNotFoundError):
-                        raise UntwinError(
-                            f"{redact(path)}: cannot be written, there is no such bucket; make it first"
-                        ) from error
+                        raise _no_bucket(path) from error
                     raise
             return
         final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f"_tmp-{uuid.uuid4().hex}")
         with self._explained(path):
+            final.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with pa.OSFile(str(temporary), "wb") as sink:
                     yield sink
                 if durable:
-                    with temporary.open("rb") as handle:
-                        os.fsync(handle.fileno())
+                    _sync(temporary)
+                if recording is not None:
+                    written = WrittenFile(path, *_checksum(temporary))
+                    recording.check()
+                    recording.files[path] = written
                 temporary.replace(final)
+                if durable:
+                    _sync(final.parent)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
@@ -291,6 +340,34 @@ class Storage:
         """Write a whole small file atomically."""
         with self.writing(path, durable=durable) as sink:
             sink.write(content)
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Write a small remote file unless it is there; False if it is.
+
+        One conditional write where the file system knows such (S3); elsewhere a look and a write.
+        """
+        fs = self._fs(path)
+        with self._explained(path):
+            try:
+                fs.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            except FileNotFoundError as error:
+                raise _no_bucket(path) from error
+            except (TypeError, ValueError, NotImplementedError):
+                if fs.exists(path):
+                    return False
+                fs.pipe_file(path, content)
+        return True
+
+    def is_unchanged(self, file: WrittenFile) -> bool:
+        """Whether a file is there as it was written: its size, and for local files its checksum."""
+        try:
+            if is_remote(file.path):
+                return self.stat(file.path).size == file.size
+            return Path(file.path).stat().st_size == file.size and _checksum(Path(file.path))[1] == file.checksum
+        except FileNotFoundError:
+            return False
 
     def read_json(self, path: str) -> Any:
         """Read a JSON file."""
@@ -321,6 +398,30 @@ class Storage:
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
+
+
+def _no_bucket(path: str) -> UntwinError:
+    return UntwinError(f"{redact(path)}: cannot be written, there is no such bucket; make it first")
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a local file."""
+    size = checksum = 0
+    buffer = bytearray(_CHECKSUM_BYTES)
+    with path.open("rb", buffering=0) as source:
+        while count := source.readinto(buffer):
+            checksum = zlib.crc32(memoryview(buffer)[:count], checksum)
+            size += count
+    return size, checksum
 
 
 def _found(path: str, info: Mapping[str, Any]) -> FoundFile:

@@ -85,6 +85,22 @@ class Listing:
                 digest.update("\0".join(map(str, column.to_pylist())).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
+    def difference(self, before: Listing) -> str:
+        """What changed since an earlier listing, in words, with one file of each kind of change."""
+        old, new = before._versions(), self._versions()
+        kinds = {
+            "new": [path for path in new if path not in old],
+            "gone": [path for path in old if path not in new],
+            "changed in size, modification time or ETag": [
+                path for path in new if old.get(path, new[path]) != new[path]
+            ],
+        }
+        return ", ".join(f"{len(paths)} {kind} ({redact(paths[0])})" for kind, paths in kinds.items() if paths)
+
+    def _versions(self) -> dict[str, tuple[int, str]]:
+        paths, sizes, versions = (self.files[name].to_pylist() for name in ("path", "size", "version"))
+        return dict(zip(paths, zip(sizes, versions, strict=True), strict=True))
+
     def groups(self) -> Groups:
         """All pieces of all files as arrays, in order."""
         rows = self.files["group_rows"].combine_chunks()
@@ -131,7 +147,7 @@ class Listing:
         empty = pa.schema([("id", self.id_type), *((f"m{i}", kind) for i, kind in enumerate(self.metadata_types))])
         facts = {b"untwin.filetype": self.filetype.encode(), b"untwin.dim": str(self.dim).encode()}
         facts[b"untwin.types"] = base64.b64encode(empty.serialize().to_pybytes())
-        with storage.writing(path) as sink:
+        with storage.writing(path, durable=True) as sink:
             pq.write_table(self.files.replace_schema_metadata(facts), sink, compression="zstd")
 
     @classmethod

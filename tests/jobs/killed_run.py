@@ -1,0 +1,135 @@
+"""Runs untwin in a process of its own that ends itself by SIGKILL, or that counts its work. Not a test.
+
+Arguments: JSON with `argv` (of the command), and `operation` (kill at this file operation), `seconds` (kill then),
+`chain` and `marker` (kill after this many markers of a chain), `full` (what this chain writes meets a full disk) or
+`stuck` (a stage hangs); `log` gets a line for each unit of a chain that begins. Units are small, so that a small
+input has many.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+
+import untwin.plan
+from untwin.backends import local
+from untwin.backends.ledger import Ledger
+from untwin.stages import removal
+
+SMALL = 1 << 14
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_operation(number, output):
+    """Count what opens, renames, makes or removes something in the output; a file's own writing lies in between."""
+    count = 0
+    lock = threading.Lock()
+
+    def hook(event, arguments):
+        nonlocal count
+        if event not in {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir", "shutil.rmtree"}:
+            return
+        if not str(arguments[0]).startswith(output):
+            return
+        with lock:
+            count += 1
+            if count == number:
+                die()
+
+    sys.addaudithook(hook)
+    return lambda: count
+
+
+def kill_at_marker(chain, number):
+    record = Ledger.record
+    count = 0
+
+    def counted(self, name, *arguments):
+        nonlocal count
+        record(self, name, *arguments)
+        count += name == chain
+        if name == chain and count == number:
+            die()
+
+    Ledger.record = counted
+
+
+def fill_the_disk(chain):
+    """Every file that units of a chain write goes to the device that is always full."""
+    process, open_file = local._Chain._process, pa.OSFile
+    at_work = threading.local()
+
+    def marked(self, unit, context):
+        at_work.full = self.name == chain
+        try:
+            return process(self, unit, context)
+        finally:
+            at_work.full = False
+
+    def opened(path, mode):
+        return open_file("/dev/full" if mode == "wb" and getattr(at_work, "full", False) else path, mode)
+
+    local._Chain._process, pa.OSFile = marked, opened
+
+
+def get_stuck(stage, busy):
+    """A stage takes a minute for a unit, and touches the file `busy` before."""
+    module, _, name = stage.rpartition(".")
+
+    def process(*_):
+        Path(busy).touch()
+        time.sleep(60)
+
+    getattr(importlib.import_module(f"untwin.stages.{module}"), name).process = process
+
+
+def log_units(path):
+    process = local._Chain._process
+
+    def logged(self, unit, context):
+        with Path(path).open("a") as sink:
+            sink.write(f"{self.name} {unit.unit}\n")
+        return process(self, unit, context)
+
+    local._Chain._process = logged
+
+
+def main():
+    wanted = json.loads(sys.argv[1])
+    untwin.plan._MIN_UNIT_BYTES = untwin.plan._MAX_UNIT_BYTES = SMALL
+    untwin.plan._ROWS_PER_PARTITION = 256
+    removal._FILE_BYTES = removal._MIRROR_BYTES = SMALL
+    counted = None
+    if "operation" in wanted:
+        counted = kill_at_operation(wanted["operation"], wanted["output"])
+    if "seconds" in wanted:
+        timer = threading.Timer(wanted["seconds"], die)
+        timer.daemon = True
+        timer.start()
+    if "chain" in wanted:
+        kill_at_marker(wanted["chain"], wanted["marker"])
+    if "full" in wanted:
+        fill_the_disk(wanted["full"])
+    if "stuck" in wanted:
+        get_stuck(**wanted["stuck"])
+    if "log" in wanted:
+        log_units(wanted["log"])
+    from untwin.cli import main as command
+
+    try:
+        command(wanted["argv"])
+    finally:
+        if counted is not None:
+            sys.stderr.write(f"operations {counted()}\n")
+
+
+main()
