@@ -44,7 +44,6 @@ from untwin.storage.columns import (
 from untwin.storage.files import Storage, is_remote, join, normalize_path, redact
 from untwin.storage.partitions import (
     ROW,
-    concat_tables,
     find_partitions,
     iterate_partition,
     partition_facts,
@@ -330,17 +329,19 @@ class PairwiseStage(Stage):
             return table, order, matches
 
     def _spooled(self, cluster: Cluster, task: ClustersTask, spool: VectorFile) -> pa.Table:
-        """Copy a cluster's vectors to the spool; returns its other columns."""
-        parts = []
+        """Copy a cluster's vectors to the spool; returns its other columns.
+
+        These are read first, on their own: small pieces of memory that outlive a batch would scatter over the heap,
+        and keep the memory of the vectors between them from being used again.
+        """
+        names = [name for name in self._columns(task) if name != self.embedding_field]
+        table = read_partition(self.source, cluster.files, names).combine_chunks()
         n_rows = 0
-        names = self._columns(task)
-        for batch in iterate_partition(self.source, cluster.files, names, batch_rows(task.dim)):
-            vectors = self._vectors(batch.column(self.embedding_field), task, cluster)
+        for batch in iterate_partition(self.source, cluster.files, [self.embedding_field], batch_rows(task.dim)):
+            vectors = self._vectors(batch.column(0), task, cluster)
             spool.append(vectors, np.arange(n_rows, n_rows + len(vectors)))
             n_rows += len(vectors)
-            parts.append(pa.Table.from_batches([batch]).drop_columns([self.embedding_field]))
-        # copied, so that nothing refers to the memory that the vectors were read into
-        return concat_tables(parts, cluster.files[0]).combine_chunks()
+        return table
 
     def _columns(self, task: ClustersTask) -> list[str]:
         wanted = [self.id_field, self.embedding_field, *self.ranking.metadata_cols]
