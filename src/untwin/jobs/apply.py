@@ -10,7 +10,7 @@ from typing import Any
 
 from untwin.backends.base import Progress
 from untwin.core import threshold
-from untwin.errors import OutputExistsError, ParameterError
+from untwin.errors import OutputExistsError, ParameterError, ResultMismatchError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import parse_bytes
 from untwin.jobs.record import collect, eps_table, now, package_versions, peak_memory, stage_table
@@ -100,6 +100,12 @@ def apply(
         stages.append(removal_stage(parameters, listing, folder))
     outcome = Pipeline("untwin apply", stages=stages).run(executor, progress)
     (found,) = collect(outcome, DuplicatesTask)
+    expected = listing.n_rows - run["rows"]["rejected"]
+    if found.n_kept + found.n_duplicates != expected:
+        raise ResultMismatchError(
+            f"{redact(run_folder.file('kmeans'))}: holds {found.n_kept + found.n_duplicates} rows where the run compared "
+            f"{expected}, so some of its files are gone; do not use {redact(folder.path)}, and run again"
+        )
     record = dict(run)
     record["finished"] = now()
     record["parameters"] = parameters.answer()
