@@ -21,7 +21,7 @@ from untwin.stages.tasks import CentroidsTask, DuplicatesTask, InputTask, KeptTa
 from untwin.storage.bitmap import byte_range, counts_before, get_bits
 from untwin.storage.columns import common_id_type, decode_ids, id_type, without_views
 from untwin.storage.files import join, normalize_path, redact
-from untwin.storage.inputs import Span, naming_file
+from untwin.storage.inputs import naming_file
 from untwin.storage.kept import KEPT_WRITERS, KeptWriter
 from untwin.storage.listing import Fields, Groups, Listing, list_inputs
 from untwin.storage.partitions import read_array, write_array
@@ -204,7 +204,13 @@ class RemoveDuplicatesStage(Stage):
         if self.layout == "compact":
             outputs = [(join(self.output_path, f"part-{task.unit:05d}"), spans)] if keep.any() else []
         else:
-            outputs = [(self._mirrored(listing, span), [span]) for span in spans]
+            # by the number of the file: files without rows share their first row with the file behind them
+            numbers = dict.fromkeys(groups.file[task.first_group : task.end_group].tolist())
+            relative = listing.files["relative"]
+            outputs = [
+                (join(self.output_path, relative[number].as_py()), [span])
+                for number, span in zip(numbers, spans, strict=True)
+            ]
         size = batch_rows(listing.dim or _UNKNOWN_DIM)
         for path, some in outputs:
             with KEPT_WRITERS[listing.filetype](self.target, path, self.source, some[0].path) as writer:
@@ -219,11 +225,6 @@ class RemoveDuplicatesStage(Stage):
                 "the input changed during the run"
             )
         return KeptTask(task.unit, task.n_rows, tuple(files), n_kept)
-
-    def _mirrored(self, listing: Listing, span: Span) -> str:
-        index = int(np.searchsorted(listing.files["first_row"].to_numpy(), span.first_row, side="right")) - 1
-        relative = listing.files["relative"][index].as_py()
-        return join(self.output_path, relative)
 
     def _kept_rows(self, listing: Listing, groups: Groups, task: InputTask, first_row: int) -> NDArray[np.bool_]:
         if self._bitmap:
