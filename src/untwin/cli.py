@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,10 @@ def _reports_errors(command: F) -> F:
             sys.exit(130)
         except click.exceptions.Exit:
             raise
+        except BrokenPipeError:
+            # the reader of stdout has gone (`| head`): no failure of the work, and there is nobody to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except Exception as error:
             if verbose:
                 _log.exception("untwin: unexpected failure")
@@ -67,9 +72,18 @@ def _reports_errors(command: F) -> F:
 
 
 def _what_is_left(kwargs: dict[str, Any]) -> str:
-    paths = kwargs.get("paths")
-    output = paths[-1] if paths else kwargs.get("to") or kwargs.get("output")
-    return f"the input is untouched; {output} holds an unfinished result: delete it, or start anew with --overwrite"
+    """What there is after a failure, and what to do; never advises to delete what is finished."""
+    if paths := kwargs.get("paths"):
+        folder, advice = paths[-1], "delete it, or start anew with --overwrite"
+    else:
+        folder = kwargs["to"] or f"{kwargs['output'].rstrip('/')}/eps={kwargs['eps']!r}"
+        advice = "delete that folder before you apply again; the run itself is as it was"
+    if "://" not in folder:
+        if not Path(folder).exists():
+            return "the input is untouched, and nothing was written"
+        if (Path(folder) / "run.json").exists():
+            return f"the input is untouched, and the result in {folder} is complete"
+    return f"the input is untouched; {folder} may hold an unfinished result: {advice}"
 
 
 _shared = [
