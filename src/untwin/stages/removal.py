@@ -188,6 +188,12 @@ class RemoveDuplicatesStage(Stage):
 
     def memory(self, task: InputTask) -> int:
         """Batches in flight, and a row group that is being written."""
+        assert self._groups is not None
+        largest = int(self._groups.n_bytes[task.first_group : task.end_group].max(initial=0))
+        return self.minimum_memory(task) + largest
+
+    def minimum_memory(self, task: InputTask) -> int:
+        """Without the input's largest piece, of which most is read page by page."""
         by_id = 0 if self._bitmap else 40 * task.n_rows + 16 * _HASHES_PER_PART
         return (96 << 20) + by_id
 
@@ -211,7 +217,9 @@ class RemoveDuplicatesStage(Stage):
                 (join(self.output_path, relative[number].as_py()), [span])
                 for number, span in zip(numbers, spans, strict=True)
             ]
-        size = batch_rows(listing.dim or _UNKNOWN_DIM)
+        pieces = slice(task.first_group, task.end_group)
+        widest = (groups.n_bytes[pieces] // np.maximum(groups.rows[pieces], 1)).max(initial=1)
+        size = batch_rows(max(listing.dim or _UNKNOWN_DIM, int(widest) // 4))
         for path, some in outputs:
             with KEPT_WRITERS[listing.filetype](self.target, path, self.source, some[0].path) as writer:
                 for rows in read_rows(self.source, listing.format, some, None, size):
