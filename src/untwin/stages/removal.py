@@ -221,7 +221,9 @@ class RemoveDuplicatesStage(Stage):
         widest = (groups.n_bytes[pieces] // np.maximum(groups.rows[pieces], 1)).max(initial=1)
         size = batch_rows(max(listing.dim or _UNKNOWN_DIM, int(widest) // 4))
         for path, some in outputs:
-            with KEPT_WRITERS[listing.filetype](self.target, path, self.source, some[0].path) as writer:
+            low, high = some[0].first_row - first_row, some[-1].first_row + some[-1].n_rows - first_row
+            expected = int(keep[low:high].sum())
+            with KEPT_WRITERS[listing.filetype](self.target, path, self.source, some[0].path, expected) as writer:
                 for rows in read_rows(self.source, listing.format, some, None, size):
                     _write_kept(writer, rows, keep, first_row)
                 writer.finish()
