@@ -68,8 +68,8 @@ def real_path(path: str) -> str:
 
 
 def redact(path: str) -> str:
-    """Remove user names and passwords from a URL, for messages and manifests."""
-    return re.sub(r"(?<=://)[^/@]*@", "", path)
+    """Remove user name and password from a URL, for messages and manifests; a container (`abfs://box@host`) stays."""
+    return re.sub(r"(?<=://)[^/@]*:[^/@]*@", "", path)
 
 
 def join(folder: str, *names: str) -> str:
