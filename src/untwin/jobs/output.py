@@ -65,6 +65,8 @@ class OutputFolder:
         if not self.storage.exists(self.run_path):
             return None
         run: dict[str, Any] = self.storage.read_json(self.run_path)
+        if not isinstance(run, dict) or run.get("format_version") != FORMAT_VERSION:
+            raise OutputExistsError(f"{redact(self.run_path)}: was not made by this version of untwin; run again")
         return run
 
     def finished_same(self, answer: Mapping[str, Any], digest: str) -> dict[str, Any] | None:

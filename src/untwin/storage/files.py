@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from untwin.errors import InputNotFoundError, MissingExtraError, ParameterError, ResourceError, UntwinError
+from untwin.errors import DamagedFileError, InputNotFoundError, MissingExtraError, ParameterError, ResourceError, UntwinError
 
 T = TypeVar("T")
 
@@ -294,7 +294,10 @@ class Storage:
 
     def read_json(self, path: str) -> Any:
         """Read a JSON file."""
-        return json.loads(self.read_bytes(path))
+        try:
+            return json.loads(self.read_bytes(path))
+        except ValueError as error:
+            raise DamagedFileError(f"{redact(path)}: is not JSON ({error}); repair or remove the file") from error
 
     def write_json(self, path: str, value: Any, *, durable: bool = True) -> None:
         """Write a JSON file atomically."""
