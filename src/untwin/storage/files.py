@@ -116,7 +116,7 @@ class Storage:
         except FileNotFoundError as error:
             raise InputNotFoundError(f"{redact(path)}: not found") from error
         except PermissionError as error:
-            raise UntwinError(f"{redact(path)}: access denied ({error}); check the credentials") from error
+            raise UntwinError(f"{redact(path)}: access denied ({error}); check the permissions or the credentials") from error
         except OSError as error:
             if error.errno == 28:
                 raise ResourceError(
@@ -273,9 +273,9 @@ class Storage:
                     raise
             return
         final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f"_tmp-{uuid.uuid4().hex}")
         with self._explained(path):
+            final.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with pa.OSFile(str(temporary), "wb") as sink:
                     yield sink
@@ -317,12 +317,18 @@ class Storage:
             target.unlink(missing_ok=True)
 
     def free_bytes(self, path: str) -> int | None:
-        """Free bytes on the disk that would hold `path`; None for remote storage."""
+        """Free bytes on the disk that would hold `path`; None for remote storage.
+
+        Raises:
+            UntwinError: Nothing can be written there.
+        """
         if is_remote(path):
             return None
         folder = Path(path)
         while not folder.exists():
             folder = folder.parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UntwinError(f"{path}: cannot be written ({folder} is read-only for this user); choose another folder")
         return shutil.disk_usage(folder).free
 
 
