@@ -51,6 +51,8 @@ class LocalExecutor(Executor):
     def __init__(self, workers: int | None = None, memory: int | None = None) -> None:
         self.workers = default_workers() if workers is None else workers
         self.memory = default_memory() if memory is None else memory
+        if isinstance(self.workers, bool) or not isinstance(self.workers, int):
+            raise ParameterError(f"workers is {workers!r}; give a whole number")
         if self.workers < 1:
             raise ParameterError(f"workers is {workers}; it must be at least 1")
         if self.memory < 1 << 20:
