@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -282,6 +283,8 @@ def _storage_options(text: str | None) -> dict[str, Any]:
         content = Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
     except OSError as error:
         raise ParameterError(f"--storage-options: {text[1:]} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ParameterError(f"--storage-options: {text[1:]} is not text in UTF-8") from None
     try:
         options = json.loads(content)
     except ValueError:
@@ -343,6 +346,12 @@ class _Bars:
         self._bars.stop_task(self._task)
 
 
+def _shown(text: str) -> str:
+    """An id on one line of a terminal: no control characters, not endless."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:61])
+    return line if len(text) <= 60 else line[:60] + "…"
+
+
 def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
     if as_json:
         click.echo(json.dumps(dict(result.run), indent=2, ensure_ascii=False))
@@ -372,18 +381,18 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
         mark = "  <- in force" if row.eps == result.eps else ""
         lines.append(f"{row.eps:>6g} {row.duplicates:>13,} {row.share:>7.1%}{bound}{mark}")
         if examples:
-            lines += [f"           {score:.4f}  {one}  ~  {other}" for one, other, score in row.examples]
+            lines += [f"           {score:.4f}  {_shown(one)}  ~  {_shown(other)}" for one, other, score in row.examples]
     lines.append("")
     if result.eps is None:
         lines += [
             "No threshold was given, so nothing was removed. Look at the pairs above: each line shows pairs that",
-            f"this value of eps adds. Choose a value, then: untwin apply {result.output_path} --eps VALUE",
+            f"this value of eps adds. Choose a value, then: untwin apply {shlex.quote(result.output_path)} --eps VALUE",
         ]
     else:
         origin = result.run.get("applied_to", {}).get("path", result.output_path)
         lines += [f"The rows that stay: {result.kept_path}"] if result.run["parameters"]["kept"] != "none" else []
         lines += [
             f"What was removed, and because of which row: {result.duplicates_path}",
-            f"Another threshold: untwin apply {origin} --eps VALUE",
+            f"Another threshold: untwin apply {shlex.quote(origin)} --eps VALUE",
         ]
     click.echo("\n".join(lines))
