@@ -112,8 +112,11 @@ class ParquetKept(KeptWriter):
             self._open()
         assert self._writer is not None
         if self._held:
-            tables = [pa.Table.from_batches([batch]) for batch in self._held]
-            table = pa.concat_tables(tables, promote_options="default")
+            if all(batch.schema.equals(self._schema) for batch in self._held):
+                table = pa.Table.from_batches(self._held, self._schema)
+            else:
+                tables = [pa.Table.from_batches([batch]) for batch in self._held]
+                table = pa.concat_tables(tables, promote_options="default")
             if not table.schema.equals(self._schema):
                 missing = [field for field in self._schema or () if field.name not in table.column_names]
                 for field in missing:
