@@ -114,6 +114,14 @@ class OutputFolder:
         Raises:
             OutputExistsError: There is a file that untwin did not make; nothing is removed then.
         """
+        self.check_clearable()
+        for name in self.storage.names(self.path):
+            if name != "_plan":
+                self.storage.remove(self.file(name))
+        self.storage.remove(self.file("_plan"))
+
+    def check_clearable(self) -> None:
+        """Raise OutputExistsError if there is a file that untwin did not make."""
         if not self.storage.names(self.path):
             return
         if not self.storage.exists(self.plan_path):
@@ -136,10 +144,6 @@ class OutputFolder:
                 f"{redact(self.path)}: holds files that untwin did not make ({', '.join(map(redact, foreign[:5]))}); "
                 "move them away before --overwrite"
             )
-        for name in self.storage.names(self.path):
-            if name != "_plan":
-                self.storage.remove(self.file(name))
-        self.storage.remove(self.file("_plan"))
 
     @staticmethod
     def _is_ours(relative: str, mirrored: set[str]) -> bool:

@@ -246,8 +246,7 @@ def prepare(parameters: RunParameters, executor: LocalExecutor, *, overwrite: bo
     plan = make_plan(listing.groups().rows, dim=listing.dim, n_clusters=parameters.n_clusters)
     done = None
     if overwrite:
-        if storage.names(folder.path) and not storage.exists(folder.plan_path):
-            folder.clear()
+        folder.check_clearable()
     else:
         run = folder.finished_same(parameters.answer(), listing.digest())
         done = RunResult.from_run(folder, run) if run is not None else None
