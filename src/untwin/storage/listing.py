@@ -233,6 +233,11 @@ def list_inputs(
             "group_bytes": pa.array([fact.group_bytes for fact in facts], pa.large_list(pa.int64())),
         }
     )
+    if dim is not None and fixed_dims and dim not in fixed_dims and None not in fixed_dims:
+        raise ParameterError(
+            f"embedding_dim is {dim}, but column {fields.embedding_field!r} holds vectors of length "
+            f"{', '.join(map(str, sorted(length for length in fixed_dims if length)))}"
+        )
     listing = Listing(table, filetype, ids, dim or 0, metadata_types)
     if listing.n_rows == 0:
         raise InputNotFoundError(f"{redact(', '.join(inputs))}: the files hold no rows")
