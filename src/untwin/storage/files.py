@@ -52,6 +52,8 @@ def is_remote(path: str) -> bool:
 def normalize_path(path: str | os.PathLike[str]) -> str:
     """Return the absolute local path, or the URL without a trailing slash."""
     text = os.fspath(path)
+    if not text:
+        raise ParameterError("a path is empty; is a variable of the shell not set?")
     if is_remote(text):
         if re.search(r"://[^/@]*:[^/@]*@", text):
             # the listing of the input holds full paths, so a password in one would be written
