@@ -60,7 +60,10 @@ def normalize_path(path: str | os.PathLike[str]) -> str:
             raise ParameterError(f"{redact(text)}: was given with a password in it; give that in storage_options")
         return text.rstrip("/")
     text = text.removeprefix("file://").removeprefix("local://")
-    path = Path(text).expanduser().absolute()
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ParameterError(f"{text}: {error}") from error
     return str(path.resolve() if ".." in path.parts else path)
 
 
