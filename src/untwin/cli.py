@@ -381,7 +381,9 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
         mark = "  <- in force" if row.eps == result.eps else ""
         lines.append(f"{row.eps:>6g} {row.duplicates:>13,} {row.share:>7.1%}{bound}{mark}")
         if examples:
-            lines += [f"           {score:.4f}  {_shown(one)}  ~  {_shown(other)}" for one, other, score in row.examples]
+            lines += [
+                f"           {score:.4f}  {_shown(one)}  ~  {_shown(other)}" for one, other, score in row.examples
+            ]
     lines.append("")
     if result.eps is None:
         lines += [

@@ -103,8 +103,8 @@ def apply(
     expected = listing.n_rows - run["rows"]["rejected"]
     if found.n_kept + found.n_duplicates != expected:
         raise ResultMismatchError(
-            f"{redact(run_folder.file('kmeans'))}: holds {found.n_kept + found.n_duplicates} rows where the run compared "
-            f"{expected}, so some of its files are gone; do not use {redact(folder.path)}, and run again"
+            f"{redact(run_folder.file('kmeans'))}: holds {found.n_kept + found.n_duplicates} rows where the run "
+            f"compared {expected}, so some of its files are gone; do not use {redact(folder.path)}, and run again"
         )
     record = dict(run)
     record["finished"] = now()

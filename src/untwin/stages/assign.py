@@ -167,8 +167,8 @@ class _ShardWriter:
         except pa.ArrowException as error:
             (path,), (row,) = self._job.listing.locate(np.array([first_row]))
             raise SchemaError(
-                f"{redact(path)}: column {field.name!r} is {field.type} in the first rows of the input, but {column.type} "
-                f"from row {row} on ({error}); bring it to one type"
+                f"{redact(path)}: column {field.name!r} is {field.type} in the first rows of the input, but "
+                f"{column.type} from row {row} on ({error}); bring it to one type"
             ) from error
 
     def _flush(self) -> None:

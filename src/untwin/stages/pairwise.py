@@ -399,9 +399,7 @@ class _Examples:
         place = np.arange(len(order)) - np.searchsorted(steps, steps, side="left")
         for index in order[place < _EXAMPLES].tolist():
             row = int(inside[index])
-            pair = ExamplePair(
-                _as_text(ids[row]), _as_text(ids[int(matches.match[row])]), float(matches.score[row])
-            )
+            pair = ExamplePair(_as_text(ids[row]), _as_text(ids[int(matches.match[row])]), float(matches.score[row]))
             self._pairs[int(step[row])].append((int(hashes[index]), pair))
 
     def chosen(self) -> tuple[tuple[tuple[int, ExamplePair], ...], ...]:
@@ -413,7 +411,7 @@ def _as_text(value: pa.Scalar) -> str:
     try:
         return str(value.as_py())
     except UnicodeDecodeError:
-        return value.as_buffer().to_pybytes().decode(errors="backslashreplace")
+        return bytes(value.as_buffer()).decode(errors="backslashreplace")
 
 
 def merge_examples(tasks: Sequence[PairsTask]) -> list[list[ExamplePair]]:

@@ -23,7 +23,14 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from untwin.errors import DamagedFileError, InputNotFoundError, MissingExtraError, ParameterError, ResourceError, UntwinError
+from untwin.errors import (
+    DamagedFileError,
+    InputNotFoundError,
+    MissingExtraError,
+    ParameterError,
+    ResourceError,
+    UntwinError,
+)
 
 T = TypeVar("T")
 
@@ -121,7 +128,9 @@ class Storage:
         except FileNotFoundError as error:
             raise InputNotFoundError(f"{redact(path)}: not found") from error
         except PermissionError as error:
-            raise UntwinError(f"{redact(path)}: access denied ({error}); check the permissions or the credentials") from error
+            raise UntwinError(
+                f"{redact(path)}: access denied ({error}); check the permissions or the credentials"
+            ) from error
         except OSError as error:
             if error.errno == 28:
                 raise ResourceError(

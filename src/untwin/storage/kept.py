@@ -29,9 +29,7 @@ class KeptWriter(ABC):
         n_expected: Rows that will be written, for formats that say so at their beginning.
     """
 
-    def __init__(
-        self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int
-    ) -> None:
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int) -> None:
         self._storage, self._path = storage, path
         self._source_storage, self._source_path = source_storage, source_path
         self._n_expected = n_expected
@@ -61,9 +59,7 @@ class KeptWriter(ABC):
 class ParquetKept(KeptWriter):
     """Parquet with the codec of the input; vectors without dictionary or statistics."""
 
-    def __init__(
-        self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int
-    ) -> None:
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int) -> None:
         super().__init__(storage, path, source_storage, source_path, n_expected)
         self._schema: pa.Schema | None = None
         self._held: list[pa.RecordBatch] = []
@@ -184,9 +180,7 @@ def _portable(schema: pa.Schema) -> pa.Schema:
 class LinesKept(KeptWriter):
     """JSON lines, verbatim."""
 
-    def __init__(
-        self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int
-    ) -> None:
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int) -> None:
         super().__init__(storage, path, source_storage, source_path, n_expected)
         ending = posixpath.splitext(source_path)[1]
         known = ending if ending in JsonLinesFormat.suffixes else JsonLinesFormat.suffixes[0]
@@ -205,9 +199,7 @@ class LinesKept(KeptWriter):
 class NpyKept(KeptWriter):
     """A pair of `img_emb_….npy` and `metadata_….parquet`."""
 
-    def __init__(
-        self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int
-    ) -> None:
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int) -> None:
         super().__init__(storage, path, source_storage, source_path, n_expected)
         self._vectors: pa.NativeFile | None = None
         self._metadata: pq.ParquetWriter | None = None
@@ -241,9 +233,7 @@ class NpyKept(KeptWriter):
         folder, _, name = posixpath.splitext(self._path)[0].rpartition("/")
         number = name.rpartition("_")[2].rpartition("-")[2]
         paths = [f"{folder}/img_emb_{number}.npy", f"{folder}/metadata_{number}.parquet"]
-        self._vectors, sink = (
-            self._stack.enter_context(self._storage.writing(path, durable=True)) for path in paths
-        )
+        self._vectors, sink = (self._stack.enter_context(self._storage.writing(path, durable=True)) for path in paths)
         self._metadata = pq.ParquetWriter(sink, schema)
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),
