@@ -19,6 +19,9 @@ from untwin.errors import ParameterError, ResourceError
 from untwin.stages.base import Context, Stage, Task, Upstream
 
 _DEFAULT_MEMORY = 4 << 30
+_TIGHT_MEMORY = 1 << 30
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's `mallopt`."""
 _log = logging.getLogger("untwin")
 
 
@@ -61,6 +64,8 @@ class LocalExecutor(Executor):
     def execute(self, stages: Sequence[Stage], progress: Progress | None = None) -> Outcome:
         """Run all stages over all units, honouring barriers."""
         shown = progress or NoProgress()
+        if self.memory < _TIGHT_MEMORY:
+            _map_large_blocks()
         upstream = Upstream()
         results: dict[str, tuple[Task, ...]] = {}
         reports: list[StageReport] = []
@@ -182,6 +187,17 @@ def _memory_trimmer() -> Callable[[], None]:
             trim(0)
 
     return give_back
+
+
+def _map_large_blocks() -> None:
+    """Have glibc map large blocks one by one, so that each goes back to the system when it is freed.
+
+    By itself it raises the size from which it does so, up to 32 MB, and holes in its heaps then add up to several
+    times the budget. It costs page faults, so it is for small budgets only.
+    """
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 @contextmanager
