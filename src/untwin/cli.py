@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Callable
@@ -55,6 +56,10 @@ def _reports_errors(command: F) -> F:
             sys.exit(130)
         except click.exceptions.Exit:
             raise
+        except BrokenPipeError:
+            # the reader of stdout has gone (`| head`): no failure of the work, and there is nobody to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except Exception as error:
             if verbose:
                 _log.exception("untwin: unexpected failure")
@@ -78,12 +83,19 @@ def _leave_threads() -> None:
 
 
 def _what_is_left(kwargs: dict[str, Any]) -> str:
+    """What there is after a failure, and what to do; never advises to delete what is finished."""
     if click.get_current_context().info_name == "audit":
         return f"nothing in {kwargs['output']} has changed"
     paths = kwargs.get("paths")
-    output = paths[-1] if paths else kwargs.get("to") or kwargs.get("output")
+    answer = kwargs.get("to") or f"{kwargs.get('output', '').rstrip('/')}/eps={kwargs['eps']!r}"
+    folder = paths[-1] if paths else answer
+    if "://" not in folder:
+        if not Path(folder).exists():
+            return "the input is untouched, and nothing was written"
+        if (Path(folder) / "run.json").exists():
+            return f"the input is untouched, and the result in {folder} is complete"
     anew = ", or starts anew with --overwrite" if paths else ""
-    return f"the input is untouched; {output} holds an unfinished result: the same command goes on with it{anew}"
+    return f"the input is untouched; {folder} holds an unfinished result: the same command goes on with it{anew}"
 
 
 _shared = [
@@ -319,6 +331,8 @@ def _storage_options(text: str | None) -> dict[str, Any]:
         content = Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
     except OSError as error:
         raise ParameterError(f"--storage-options: {text[1:]} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ParameterError(f"--storage-options: {text[1:]} is not text in UTF-8") from None
     try:
         options = json.loads(content)
     except ValueError:
@@ -380,6 +394,12 @@ class _Bars:
         self._bars.stop_task(self._task)
 
 
+def _shown(text: str) -> str:
+    """An id on one line of a terminal: no control characters, not endless."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:61])
+    return line if len(text) <= 60 else line[:60] + "…"
+
+
 def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
     if as_json:
         click.echo(json.dumps(dict(result.run), indent=2, ensure_ascii=False))
@@ -410,20 +430,22 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
         mark = "  <- in force" if row.eps == result.eps else ""
         lines.append(f"{row.eps:>6g} {row.duplicates:>13,} {row.share:>7.1%}{bound}{mark}")
         if examples:
-            lines += [f"           {score:.4f}  {one}  ~  {other}" for one, other, score in row.examples]
+            lines += [
+                f"           {score:.4f}  {_shown(one)}  ~  {_shown(other)}" for one, other, score in row.examples
+            ]
     lines.append("")
     lines += [*_audit_lines(result), ""] if result.audit else []
     if result.eps is None:
         lines += [
             "No threshold was given, so nothing was removed. Look at the pairs above: each line shows pairs that",
-            f"this value of eps adds. Choose a value, then: untwin apply {result.output_path} --eps VALUE",
+            f"this value of eps adds. Choose a value, then: untwin apply {shlex.quote(result.output_path)} --eps VALUE",
         ]
     else:
         origin = result.run.get("applied_to", {}).get("path", result.output_path)
         lines += [f"The rows that stay: {result.kept_path}"] if result.run["parameters"]["kept"] != "none" else []
         lines += [
             f"What was removed, and because of which row: {result.duplicates_path}",
-            f"Another threshold: untwin apply {origin} --eps VALUE",
+            f"Another threshold: untwin apply {shlex.quote(origin)} --eps VALUE",
         ]
     click.echo("\n".join(lines))
 

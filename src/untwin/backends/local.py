@@ -22,6 +22,9 @@ from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.storage.files import DISK_FULL, Recording
 
 _DEFAULT_MEMORY = 4 << 30
+_TIGHT_MEMORY = 1 << 30
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's `mallopt`."""
 _log = logging.getLogger("untwin")
 
 
@@ -54,6 +57,8 @@ class LocalExecutor(Executor):
     def __init__(self, workers: int | None = None, memory: int | None = None) -> None:
         self.workers = default_workers() if workers is None else workers
         self.memory = default_memory() if memory is None else memory
+        if isinstance(self.workers, bool) or not isinstance(self.workers, int):
+            raise ParameterError(f"workers is {workers!r}; give a whole number")
         if self.workers < 1:
             raise ParameterError(f"workers is {workers}; it must be at least 1")
         if self.memory < 1 << 20:
@@ -64,6 +69,8 @@ class LocalExecutor(Executor):
     ) -> Outcome:
         """Run all stages over all units, honouring barriers. An interrupt does not wait for the units in flight."""
         shown = progress or NoProgress()
+        if self.memory < _TIGHT_MEMORY:
+            _map_large_blocks()
         upstream = Upstream()
         results: dict[str, tuple[Task, ...]] = {}
         reports: list[StageReport] = []
@@ -251,6 +258,17 @@ def _memory_trimmer() -> Callable[[], None]:
             trim(0)
 
     return give_back
+
+
+def _map_large_blocks() -> None:
+    """Have glibc map large blocks one by one, so that each goes back to the system when it is freed.
+
+    By itself it raises the size from which it does so, up to 32 MB, and holes in its heaps then add up to several
+    times the budget. It costs page faults, so it is for small budgets only.
+    """
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 @contextmanager

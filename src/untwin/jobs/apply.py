@@ -13,7 +13,7 @@ from untwin.backends.base import Progress
 from untwin.backends.ledger import Ledger
 from untwin.backends.local import LocalExecutor
 from untwin.core import threshold
-from untwin.errors import OutputExistsError, ParameterError
+from untwin.errors import OutputExistsError, ParameterError, ResultMismatchError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
 from untwin.jobs.record import collect, eps_table, now, package_versions, peak_memory, result_files, stage_table
@@ -135,6 +135,12 @@ def _execute(
     if run_folder.read_run() != run:
         raise OutputExistsError(f"{redact(run_folder.path)}: another run began there; this answer is of no use")
     (found,) = collect(outcome, DuplicatesTask)
+    expected = listing.n_rows - run["rows"]["rejected"]
+    if found.n_kept + found.n_duplicates != expected:
+        raise ResultMismatchError(
+            f"{redact(run_folder.file('kmeans'))}: holds {found.n_kept + found.n_duplicates} rows where the run "
+            f"compared {expected}, so some of its files are gone; do not use {redact(folder.path)}, and run again"
+        )
     record = dict(run)
     record.pop("audit", None)
     record["finished"] = now()

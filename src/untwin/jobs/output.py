@@ -68,6 +68,8 @@ class OutputFolder:
         if not self.storage.exists(self.run_path):
             return None
         run: dict[str, Any] = self.storage.read_json(self.run_path)
+        if not isinstance(run, dict) or run.get("format_version") != FORMAT_VERSION:
+            raise OutputExistsError(f"{redact(self.run_path)}: was not made by this version of untwin; run again")
         return run
 
     def write_plan(self, parameters: Mapping[str, Any], described: Mapping[str, Any], **more: Any) -> None:
@@ -147,6 +149,19 @@ class OutputFolder:
         Raises:
             OutputExistsError: There is a file that untwin did not make; nothing is removed then.
         """
+        self.check_clearable()
+        if not self.storage.exists(self.plan_path):
+            return
+        # what says that there is a result goes first, and what says that it is ours goes last
+        names = self.storage.names(self.path)
+        first = [name for name in ("run.json", "_done") if name in names]
+        for name in (*first, *(name for name in names if name not in (*first, "_plan", LOCK))):
+            self.storage.remove(self.file(name))
+        self.storage.remove(self.plan_path)
+        self.storage.remove(self.file("_plan"))
+
+    def check_clearable(self) -> None:
+        """Raise OutputExistsError if there is a file that untwin did not make."""
         if not self.storage.exists(self.plan_path):
             if self.foreign_names():
                 raise OutputExistsError(
@@ -162,13 +177,6 @@ class OutputFolder:
                 f"{redact(self.path)}: holds files that untwin did not make ({', '.join(map(redact, foreign[:5]))}); "
                 "move them away before --overwrite"
             )
-        # what says that there is a result goes first, and what says that it is ours goes last
-        names = self.storage.names(self.path)
-        first = [name for name in ("run.json", "_done") if name in names]
-        for name in (*first, *(name for name in names if name not in (*first, "_plan", LOCK))):
-            self.storage.remove(self.file(name))
-        self.storage.remove(self.plan_path)
-        self.storage.remove(self.file("_plan"))
 
     def _mirrored(self) -> set[str]:
         """The names, without ending, that files of `kept/` can have after files of the input."""

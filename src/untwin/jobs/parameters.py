@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
@@ -78,8 +79,16 @@ class RunParameters:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
                 raise ParameterError(f"{name} is {value!r}; give a whole number")
+            # plain Python numbers: those of NumPy cannot be written as JSON
+            object.__setattr__(self, name, None if value is None else int(value))
         if self.eps is not None:
             threshold(self.eps)
+            object.__setattr__(self, "eps", float(self.eps))
+        for name in ("id_field", "embedding_field", "output"):
+            if not isinstance(getattr(self, name), str) or (name != "output" and not getattr(self, name)):
+                raise ParameterError(f"{name} is {getattr(self, name)!r}; give a name")
+        if self.embedding_dim is not None and self.embedding_dim < 1:
+            raise ParameterError(f"embedding_dim is {self.embedding_dim}; it must be at least 1")
         _one_of("which_to_keep", self.which_to_keep, ("hard", "easy", "random"))
         _one_of("compare_to", self.compare_to, ("kept", "ranked"))
         _one_of("kept", self.kept, ("compact", "mirror", "none"))
@@ -160,8 +169,10 @@ def parse_bytes(text: str | float) -> int:
     Raises:
         ParameterError: Not a size.
     """
-    if isinstance(text, int | float):
+    if isinstance(text, int | float) and math.isfinite(text):
         return int(text)
+    if not isinstance(text, str):
+        raise ParameterError(f"memory is {text!r}; give a size such as 4GB or 512MB")
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if not match or match.group(2) not in _UNITS:
         raise ParameterError(f"memory is {text!r}; give a size such as 4GB or 512MB")

@@ -218,6 +218,7 @@ def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder) ->
         ResultMismatchError: It is not so.
     """
     seen = empty_bitmap(listing.n_rows)
+    shown = pa.array([redact(path) for path in listing.files["path"].to_pylist()], pa.large_string())
     n_seen = 0
     for task in collect(outcome, PairsTask):
         rows = np.asarray(read_array(folder.storage, task.rows_path), np.int64)
@@ -226,7 +227,7 @@ def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder) ->
     for path in _rejected_files(outcome):
         with naming_file(path), folder.storage.open(path) as source:
             table = pq.read_table(source, columns=["file", "row"], partitioning=None)
-        files = pc.index_in(table["file"].cast(pa.large_string()), listing.files["path"].combine_chunks())
+        files = pc.index_in(table["file"].cast(pa.large_string()), shown)
         first = listing.files["first_row"].take(files.combine_chunks() if hasattr(files, "combine_chunks") else files)
         rows = np.asarray(first.to_numpy() + table["row"].to_numpy(), np.int64)
         set_bits(seen, rows)

@@ -285,10 +285,10 @@ def prepare(parameters: RunParameters, executor: LocalExecutor, *, overwrite: bo
     parameters.ranking().check_types(dict(zip(parameters.carried_fields, listing.metadata_types, strict=True)))
     plan = make_plan(listing.groups().rows, dim=listing.dim, n_clusters=parameters.n_clusters)
     known = run = None
-    if not overwrite:
+    if overwrite:
+        folder.check_clearable()
+    else:
         known, run = folder.read_same(parameters.answer(), listing)
-    elif not storage.exists(folder.plan_path):
-        folder.clear()
     if known is not None:
         plan = Plan.from_json(known["plan"])
     done = RunResult.from_run(folder, run) if run is not None else None

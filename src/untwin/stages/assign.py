@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from untwin.core import NearestCentroid, hash_rows, rowwise_dot
+from untwin.errors import SchemaError
 from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.stages.clustering import (
     IDS_SEED_1,
@@ -23,7 +24,7 @@ from untwin.stages.clustering import (
 from untwin.stages.ids import hash_ids
 from untwin.stages.tasks import CentroidsTask, InputTask, ShardsTask
 from untwin.storage.columns import Reason, decode_ids, decode_vectors
-from untwin.storage.files import join
+from untwin.storage.files import join, redact
 from untwin.storage.partitions import read_array
 from untwin.storage.rows import RowBatch, read_rows
 from untwin.storage.shards import write_batches, write_shard
@@ -140,7 +141,7 @@ class _ShardWriter:
                     arrays.append(pa.array(rows.first_row + judged.positions))
                 case name:
                     column = rows.columns.column(name)
-                    column = column if column.type.equals(field.type) else column.cast(field.type)
+                    column = self._cast(column, field, rows.first_row)
                     arrays.append(column if everything else column.take(chosen))
         self._sides.append(pa.record_batch(arrays, schema=pa.schema(job.side_fields)))
         self._keys.append(
@@ -157,6 +158,18 @@ class _ShardWriter:
         self._filled += count
         self._labels.append(labels)
         self._sums += sq_dist.sum(), cosine.sum()
+
+    def _cast(self, column: pa.Array, field: pa.Field, first_row: int) -> pa.Array:
+        if column.type.equals(field.type):
+            return column
+        try:
+            return column.cast(field.type)
+        except pa.ArrowException as error:
+            (path,), (row,) = self._job.listing.locate(np.array([first_row]))
+            raise SchemaError(
+                f"{redact(path)}: column {field.name!r} is {field.type} in the first rows of the input, but "
+                f"{column.type} from row {row} on ({error}); bring it to one type"
+            ) from error
 
     def _flush(self) -> None:
         if not self._filled:

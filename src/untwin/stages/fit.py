@@ -59,7 +59,10 @@ class FitStage(Stage):
         distinct = np.unique(hashes)
         if not len(distinct):
             raise TooManyRejectedError(
-                "not one row of the sample can be judged: every embedding is null, empty, zero or not finite; "
+                "not one row of the sample can be judged: every embedding is null, empty, zero, not finite or of "
+                f"another length than embedding_dim ({job.dim}); check the embedding column and embedding_dim"
+                if job.dim
+                else "not one row of the sample can be judged: every embedding is null, empty, zero or not finite; "
                 "check the embedding column"
             )
         highest = int(distinct[min(len(distinct), job.plan.sample_rows) - 1])

@@ -409,13 +409,19 @@ class _Examples:
         place = np.arange(len(order)) - np.searchsorted(steps, steps, side="left")
         for index in order[place < _EXAMPLES].tolist():
             row = int(inside[index])
-            pair = ExamplePair(
-                str(ids[row].as_py()), str(ids[int(matches.match[row])].as_py()), float(matches.score[row])
-            )
+            pair = ExamplePair(_as_text(ids[row]), _as_text(ids[int(matches.match[row])]), float(matches.score[row]))
             self._pairs[int(step[row])].append((int(hashes[index]), pair))
 
     def chosen(self) -> tuple[tuple[tuple[int, ExamplePair], ...], ...]:
         return tuple(tuple(sorted(pairs, key=lambda item: item[0])[:_EXAMPLES]) for pairs in self._pairs)
+
+
+def _as_text(value: pa.Scalar) -> str:
+    """An id to look at; some writers put bytes into text columns that are not UTF-8."""
+    try:
+        return str(value.as_py())
+    except UnicodeDecodeError:
+        return bytes(value.as_buffer()).decode(errors="backslashreplace")
 
 
 def merge_examples(tasks: Sequence[PairsTask]) -> list[list[ExamplePair]]:

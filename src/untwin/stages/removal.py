@@ -21,7 +21,7 @@ from untwin.stages.tasks import CentroidsTask, DuplicatesTask, InputTask, KeptTa
 from untwin.storage.bitmap import byte_range, counts_before, get_bits
 from untwin.storage.columns import common_id_type, decode_ids, id_type, without_views
 from untwin.storage.files import join, normalize_path, redact
-from untwin.storage.inputs import Span, naming_file
+from untwin.storage.inputs import naming_file
 from untwin.storage.kept import KEPT_WRITERS, KeptWriter
 from untwin.storage.listing import Fields, Groups, Listing, list_inputs
 from untwin.storage.partitions import read_array, write_array
@@ -198,6 +198,12 @@ class RemoveDuplicatesStage(Stage):
 
     def memory(self, task: InputTask) -> int:
         """Batches in flight, and a row group that is being written."""
+        assert self._groups is not None
+        largest = int(self._groups.n_bytes[task.first_group : task.end_group].max(initial=0))
+        return self.minimum_memory(task) + largest
+
+    def minimum_memory(self, task: InputTask) -> int:
+        """Without the input's largest piece, of which most is read page by page."""
         by_id = 0 if self._bitmap else 40 * task.n_rows + 16 * _HASHES_PER_PART
         return (96 << 20) + by_id
 
@@ -214,10 +220,20 @@ class RemoveDuplicatesStage(Stage):
         if self.layout == "compact":
             outputs = [(join(self.output_path, f"part-{task.unit:05d}"), spans)] if keep.any() else []
         else:
-            outputs = [(self._mirrored(listing, span), [span]) for span in spans]
-        size = batch_rows(listing.dim or _UNKNOWN_DIM)
+            # by the number of the file: files without rows share their first row with the file behind them
+            numbers = dict.fromkeys(groups.file[task.first_group : task.end_group].tolist())
+            relative = listing.files["relative"]
+            outputs = [
+                (join(self.output_path, relative[number].as_py()), [span])
+                for number, span in zip(numbers, spans, strict=True)
+            ]
+        pieces = slice(task.first_group, task.end_group)
+        widest = (groups.n_bytes[pieces] // np.maximum(groups.rows[pieces], 1)).max(initial=1)
+        size = batch_rows(max(listing.dim or _UNKNOWN_DIM, int(widest) // 4))
         for path, some in outputs:
-            with KEPT_WRITERS[listing.filetype](self.target, path, self.source, some[0].path) as writer:
+            low, high = some[0].first_row - first_row, some[-1].first_row + some[-1].n_rows - first_row
+            expected = int(keep[low:high].sum())
+            with KEPT_WRITERS[listing.filetype](self.target, path, self.source, some[0].path, expected) as writer:
                 for rows in read_rows(self.source, listing.format, some, None, size):
                     _write_kept(writer, rows, keep, first_row)
                 writer.finish()
@@ -229,11 +245,6 @@ class RemoveDuplicatesStage(Stage):
                 "the input changed during the run"
             )
         return KeptTask(task.unit, task.n_rows, tuple(files), n_kept)
-
-    def _mirrored(self, listing: Listing, span: Span) -> str:
-        index = int(np.searchsorted(listing.files["first_row"].to_numpy(), span.first_row, side="right")) - 1
-        relative = listing.files["relative"][index].as_py()
-        return join(self.output_path, relative)
 
     def _kept_rows(self, listing: Listing, groups: Groups, task: InputTask, first_row: int) -> NDArray[np.bool_]:
         if self._bitmap:

@@ -26,7 +26,14 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from untwin.errors import InputNotFoundError, MissingExtraError, ParameterError, ResourceError, UntwinError
+from untwin.errors import (
+    DamagedFileError,
+    InputNotFoundError,
+    MissingExtraError,
+    ParameterError,
+    ResourceError,
+    UntwinError,
+)
 
 T = TypeVar("T")
 
@@ -92,13 +99,18 @@ def is_remote(path: str) -> bool:
 def normalize_path(path: str | os.PathLike[str]) -> str:
     """Return the absolute local path, or the URL without a trailing slash."""
     text = os.fspath(path)
+    if not text:
+        raise ParameterError("a path is empty; is a variable of the shell not set?")
     if is_remote(text):
         if re.search(r"://[^/@]*:[^/@]*@", text):
             # the listing of the input holds full paths, so a password in one would be written
             raise ParameterError(f"{redact(text)}: was given with a password in it; give that in storage_options")
         return text.rstrip("/")
     text = text.removeprefix("file://").removeprefix("local://")
-    path = Path(text).expanduser().absolute()
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ParameterError(f"{text}: {error}") from error
     return str(path.resolve() if ".." in path.parts else path)
 
 
@@ -108,8 +120,8 @@ def real_path(path: str) -> str:
 
 
 def redact(path: str) -> str:
-    """Remove user names and passwords from a URL, for messages and manifests."""
-    return re.sub(r"(?<=://)[^/@]*@", "", path)
+    """Remove user name and password from a URL, for messages and manifests; a container (`abfs://box@host`) stays."""
+    return re.sub(r"(?<=://)[^/@]*:[^/@]*@", "", path)
 
 
 def join(folder: str, *names: str) -> str:
@@ -156,7 +168,9 @@ class Storage:
         except FileNotFoundError as error:
             raise InputNotFoundError(f"{redact(path)}: not found") from error
         except PermissionError as error:
-            raise UntwinError(f"{redact(path)}: access denied ({error}); check the credentials") from error
+            raise UntwinError(
+                f"{redact(path)}: access denied ({error}); check the permissions or the credentials"
+            ) from error
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise ResourceError(
@@ -371,7 +385,10 @@ class Storage:
 
     def read_json(self, path: str) -> Any:
         """Read a JSON file."""
-        return json.loads(self.read_bytes(path))
+        try:
+            return json.loads(self.read_bytes(path))
+        except ValueError as error:
+            raise DamagedFileError(f"{redact(path)}: is not JSON ({error}); repair or remove the file") from error
 
     def write_json(self, path: str, value: Any, *, durable: bool = True) -> None:
         """Write a JSON file atomically."""
@@ -391,12 +408,18 @@ class Storage:
             target.unlink(missing_ok=True)
 
     def free_bytes(self, path: str) -> int | None:
-        """Free bytes on the disk that would hold `path`; None for remote storage."""
+        """Free bytes on the disk that would hold `path`; None for remote storage.
+
+        Raises:
+            UntwinError: Nothing can be written there.
+        """
         if is_remote(path):
             return None
         folder = Path(path)
         while not folder.exists():
             folder = folder.parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UntwinError(f"{path}: cannot be written ({folder} is read-only for this user); choose another folder")
         return shutil.disk_usage(folder).free
 
 

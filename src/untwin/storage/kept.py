@@ -7,6 +7,7 @@ import posixpath
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +26,13 @@ class KeptWriter(ABC):
         storage: Where to.
         path: Final path; without an ending it gets that of the format.
         source_path: An input file whose encoding is taken over.
+        n_expected: Rows that will be written, for formats that say so at their beginning.
     """
 
-    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str) -> None:
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int) -> None:
         self._storage, self._path = storage, path
         self._source_storage, self._source_path = source_storage, source_path
+        self._n_expected = n_expected
         self._stack = ExitStack()
         self.files: list[str] = []
         self.n_rows = 0
@@ -56,8 +59,8 @@ class KeptWriter(ABC):
 class ParquetKept(KeptWriter):
     """Parquet with the codec of the input; vectors without dictionary or statistics."""
 
-    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str) -> None:
-        super().__init__(storage, path, source_storage, source_path)
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int) -> None:
+        super().__init__(storage, path, source_storage, source_path, n_expected)
         self._schema: pa.Schema | None = None
         self._held: list[pa.RecordBatch] = []
         self._held_bytes = 0
@@ -105,8 +108,11 @@ class ParquetKept(KeptWriter):
             self._open()
         assert self._writer is not None
         if self._held:
-            tables = [pa.Table.from_batches([batch]) for batch in self._held]
-            table = pa.concat_tables(tables, promote_options="default")
+            if all(batch.schema.equals(self._schema) for batch in self._held):
+                table = pa.Table.from_batches(self._held, self._schema)
+            else:
+                tables = [pa.Table.from_batches([batch]) for batch in self._held]
+                table = pa.concat_tables(tables, promote_options="default")
             if not table.schema.equals(self._schema):
                 missing = [field for field in self._schema or () if field.name not in table.column_names]
                 for field in missing:
@@ -174,8 +180,8 @@ def _portable(schema: pa.Schema) -> pa.Schema:
 class LinesKept(KeptWriter):
     """JSON lines, verbatim."""
 
-    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str) -> None:
-        super().__init__(storage, path, source_storage, source_path)
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int) -> None:
+        super().__init__(storage, path, source_storage, source_path, n_expected)
         ending = posixpath.splitext(source_path)[1]
         known = ending if ending in JsonLinesFormat.suffixes else JsonLinesFormat.suffixes[0]
         name = path if posixpath.splitext(path)[1] else path + known
@@ -193,49 +199,49 @@ class LinesKept(KeptWriter):
 class NpyKept(KeptWriter):
     """A pair of `img_emb_….npy` and `metadata_….parquet`."""
 
-    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str) -> None:
-        super().__init__(storage, path, source_storage, source_path)
-        self._parts: list[pa.RecordBatch] = []
+    def __init__(self, storage: Storage, path: str, source_storage: Storage, source_path: str, n_expected: int) -> None:
+        super().__init__(storage, path, source_storage, source_path, n_expected)
+        self._vectors: pa.NativeFile | None = None
+        self._metadata: pq.ParquetWriter | None = None
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Add rows."""
-        self._parts.append(batch)
+        column = NpyFormat.embedding_column
+        if self._vectors is None or self._metadata is None:
+            kind = batch.schema.field(column).type
+            self._open(np.dtype(kind.value_type.to_pandas_dtype()), kind.list_size, batch.drop_columns([column]).schema)
+        assert self._vectors is not None
+        assert self._metadata is not None
+        vectors = batch.column(column)
+        width = vectors.type.list_size
+        flat = vectors.values.slice(vectors.offset * width, len(vectors) * width)
+        self._vectors.write(flat.to_numpy(zero_copy_only=True).data)
+        self._metadata.write_batch(batch.drop_columns([column]))
         self.n_rows += batch.num_rows
 
     def finish(self) -> None:
-        """Write both files."""
-        column = NpyFormat.embedding_column
-        folder, _, name = posixpath.splitext(self._path)[0].rpartition("/")
-        number = name.rpartition("_")[2].rpartition("-")[2]
-        arrays, metadata = f"{folder}/img_emb_{number}.npy", f"{folder}/metadata_{number}.parquet"
-        self._write_vectors(arrays, column)
-        with self._storage.writing(metadata, durable=True) as sink:
-            if self._parts:
-                pq.write_table(pa.Table.from_batches(self._parts).drop_columns([column]), sink)
-            else:
-                found = NpyFormat().metadata_path(self._source_storage, self._source_path)
-                with naming_file(found), self._source_storage.open(found) as source:
-                    pq.write_table(pq.read_schema(source).empty_table(), sink)
-        self.files += [arrays, metadata]
+        """Give both files their names."""
+        if self._metadata is None:
+            found = NpyFormat().metadata_path(self._source_storage, self._source_path)
+            with naming_file(found), self._source_storage.open(found) as source:
+                self._open(np.dtype(np.float32), 0, pq.read_schema(source))
+        assert self._metadata is not None
+        self._metadata.close()
         super().finish()
 
-    def _write_vectors(self, path: str, column: str) -> None:
-        if self._parts:
-            kind = self._parts[0].schema.field(column).type
-            dtype, dim = np.dtype(kind.value_type.to_pandas_dtype()), int(kind.list_size)
-        else:
-            dtype, dim = np.dtype(np.float32), 0
+    def _open(self, dtype: np.dtype[Any], dim: int, schema: pa.Schema) -> None:
+        folder, _, name = posixpath.splitext(self._path)[0].rpartition("/")
+        number = name.rpartition("_")[2].rpartition("-")[2]
+        paths = [f"{folder}/img_emb_{number}.npy", f"{folder}/metadata_{number}.parquet"]
+        self._vectors, sink = (self._stack.enter_context(self._storage.writing(path, durable=True)) for path in paths)
+        self._metadata = pq.ParquetWriter(sink, schema)
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),
             "fortran_order": False,
-            "shape": (self.n_rows, dim),
+            "shape": (self._n_expected, dim),
         }
-        with self._storage.writing(path, durable=True) as sink:
-            np.lib.format.write_array_header_1_0(sink, header)
-            for batch in self._parts:
-                vectors = batch.column(column)
-                flat = vectors.values.slice(vectors.offset * dim, len(vectors) * dim)
-                sink.write(flat.to_numpy(zero_copy_only=True).tobytes())
+        np.lib.format.write_array_header_1_0(self._vectors, header)
+        self.files += paths
 
 
 KEPT_WRITERS: dict[str, type[KeptWriter]] = {"parquet": ParquetKept, "jsonl": LinesKept, "npy": NpyKept}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import posixpath
 import re
@@ -228,7 +229,11 @@ def list_inputs(
     paths = [file.path for file, _ in found]
     workers = 32 if any(map(is_remote, paths[:1])) else 4
     with ThreadPoolExecutor(workers) as pool:
-        facts = list(pool.map(lambda item: format_.inspect(storage, item[0]), found, chunksize=64))
+        facts: list[FileFacts] = []
+        for fact in pool.map(lambda item: format_.inspect(storage, item[0]), found):
+            # most files have the schema of the one before: kept once, it does not add up over a million files
+            same = facts and fact.schema.equals(facts[-1].schema)
+            facts.append(dataclasses.replace(fact, schema=facts[-1].schema) if same else fact)
     ids, fixed_dims, metadata_types = _check_schemas(facts, paths, fields, filetype)
     rows = np.array([sum(fact.group_rows) for fact in facts], dtype=np.int64)
     table = pa.table(
@@ -244,6 +249,11 @@ def list_inputs(
             "group_bytes": pa.array([fact.group_bytes for fact in facts], pa.large_list(pa.int64())),
         }
     )
+    if dim is not None and fixed_dims and dim not in fixed_dims and None not in fixed_dims:
+        raise ParameterError(
+            f"embedding_dim is {dim}, but column {fields.embedding_field!r} holds vectors of length "
+            f"{', '.join(map(str, sorted(length for length in fixed_dims if length)))}"
+        )
     listing = Listing(table, filetype, ids, dim or 0, metadata_types)
     if listing.n_rows == 0:
         raise InputNotFoundError(f"{redact(', '.join(inputs))}: the files hold no rows")

@@ -26,7 +26,7 @@ class RowBatch:
 
 def batch_rows(dim: int) -> int:
     """Rows of a batch: 4 MB of float32 vectors."""
-    return max(64, _BATCH_BYTES // (4 * max(1, dim)))
+    return max(1, _BATCH_BYTES // (4 * max(1, dim)))
 
 
 def read_rows(
