@@ -19,11 +19,17 @@ class Debian(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def debian():
+def debian_sample():
+    """The sample in the repository."""
+    return Debian(str(_SAMPLE), [str(_SAMPLE)], 8, False)
+
+
+@pytest.fixture(scope="session")
+def debian(debian_sample):
     """The whole debian-packages set if UNTWIN_DEBIAN_PACKAGES names its folder, else the sample in the repository."""
     folder = os.environ.get("UNTWIN_DEBIAN_PACKAGES")
     if folder:
         files = sorted(str(path) for path in Path(folder).glob("*.parquet"))
         assert files, f"UNTWIN_DEBIAN_PACKAGES: no Parquet files in {folder}"
         return Debian(folder, files, 64, True)
-    return Debian(str(_SAMPLE), [str(_SAMPLE)], 8, False)
+    return debian_sample

@@ -44,7 +44,7 @@ class Truth:
         return is_duplicate(self.kept[self.stays], eps).mean()
 
 
-def brute_force(output, dtype=np.float64):
+def brute_force(output):
     """All pairs of all rows in `kmeans/`, without untwin's products."""
     rows = read_folder(Path(output) / "kmeans")
     paths = sorted((Path(output) / "kmeans").rglob("centroid=*/*.parquet"))
@@ -52,7 +52,7 @@ def brute_force(output, dtype=np.float64):
         [np.full(read_files([path]).num_rows, int(path.parent.name.removeprefix("centroid="))) for path in paths]
     )
     X = np.stack(rows["embedding"].to_numpy()).astype(np.float64)
-    X = (X / np.linalg.norm(X, axis=1, keepdims=True)).astype(dtype)
+    X = X / np.linalg.norm(X, axis=1, keepdims=True)
     removed = Path(output) / "duplicates"
     stays = ~np.isin(rows["id"].to_numpy(), ids_of(removed)) if removed.exists() else np.ones(len(X), bool)
     best, own, kept = np.zeros((3, len(X)))
@@ -66,16 +66,15 @@ def brute_force(output, dtype=np.float64):
 
 
 @pytest.fixture(scope="module")
-def finished(debian, tmp_path_factory):
+def finished(debian_sample, tmp_path_factory):
     """A finished run with some number of clusters, and the truth about it."""
     made = {}
 
     def get(n_clusters, eps=EPS):
         if (n_clusters, eps) not in made:
             output = tmp_path_factory.mktemp("audit") / "out"
-            deduplicate(debian.path, output, eps=eps, n_clusters=n_clusters, kept="none")
-            # float32 misplaces pairs that lie on a threshold: no matter for shares of a large set
-            made[n_clusters, eps] = output, brute_force(output, np.float32 if debian.whole else np.float64)
+            deduplicate(debian_sample.path, output, eps=eps, n_clusters=n_clusters, kept="none")
+            made[n_clusters, eps] = output, brute_force(output)
         return made[n_clusters, eps]
 
     return get
@@ -94,9 +93,7 @@ def numbers(result):
 
 @pytest.mark.parametrize("n_clusters", [2, 8, 60])
 @pytest.mark.parametrize("eps", [0.1, 0.05, 0.01])
-def test_with_all_rows_in_the_sample_the_numbers_are_those_of_brute_force(finished, debian, n_clusters, eps):
-    if debian.whole:
-        pytest.skip("takes long on the whole set; the intervals are checked there")
+def test_with_all_rows_in_the_sample_the_numbers_are_those_of_brute_force(finished, n_clusters, eps):
     output, truth = finished(n_clusters, eps)
     found = audit(output, min_neighbours=10**9, max_sample=10**9).audit
     assert found.complete
@@ -114,9 +111,9 @@ def test_with_all_rows_in_the_sample_the_numbers_are_those_of_brute_force(finish
 
 
 @pytest.mark.parametrize(("n_clusters", "eps"), [(2, 0.1), (8, 0.2), (20, 0.2), (60, 0.2)])
-def test_the_interval_covers_the_truth_in_19_of_20_seeds(finished, debian, n_clusters, eps):
+def test_the_interval_covers_the_truth_in_19_of_20_seeds(finished, n_clusters, eps):
     output, truth = finished(n_clusters)
-    wanted = 3000 if debian.whole else 150
+    wanted = 150
     recalls, covered, shares_covered = set(), 0, 0
     for seed in range(20):
         found = audit(output, eps=eps, seed=seed, min_neighbours=wanted).audit
@@ -180,9 +177,9 @@ def test_a_sample_that_does_not_fit_the_memory_is_taken_in_parts(tmp_path):
     assert whole.audit.recall_rows[6].with_neighbour > 500
 
 
-def test_order_and_files_change_no_number(finished, debian, tmp_path):
+def test_order_and_files_change_no_number(finished, debian_sample, tmp_path):
     output, _ = finished(8)
-    rows = read_files(debian.files).select(["id", "embedding"])
+    rows = read_files(debian_sample.files).select(["id", "embedding"])
     shuffled = rows.take(pa.array(np.random.default_rng(1).permutation(rows.num_rows)))
     folder = write_split(tmp_path / "in", shuffled, 7, compression="none")
     deduplicate(folder, tmp_path / "out", eps=EPS, n_clusters=8, kept="none")
@@ -205,8 +202,8 @@ def test_one_cluster_has_recall_1_by_construction_and_costs_nothing(tmp_path):
     assert "recall is 1 by construction" in cli("audit", tmp_path / "out").stdout
 
 
-def test_a_run_without_eps_has_recall_for_the_grid_and_no_answer(debian, tmp_path):
-    deduplicate(debian.files[0], tmp_path / "out", n_clusters=8)
+def test_a_run_without_eps_has_recall_for_the_grid_and_no_answer(debian_sample, tmp_path):
+    deduplicate(debian_sample.files[0], tmp_path / "out", n_clusters=8)
     found = audit(tmp_path / "out", min_neighbours=100).audit
     assert found.eps == 0.05
     assert found.answer is None
@@ -214,12 +211,12 @@ def test_a_run_without_eps_has_recall_for_the_grid_and_no_answer(debian, tmp_pat
     assert "Kept rows" not in cli("audit", tmp_path / "out", "--min-neighbours", 100).stdout
 
 
-def test_an_answer_of_apply_is_audited_with_the_clusters_of_its_run(finished, debian, tmp_path):
-    deduplicate(debian.files[0], tmp_path / "out", n_clusters=60)
+def test_an_answer_of_apply_is_audited_with_the_clusters_of_its_run(finished, debian_sample, tmp_path):
+    deduplicate(debian_sample.files[0], tmp_path / "out", n_clusters=60)
     audit(tmp_path / "out", min_neighbours=100)
     assert apply(tmp_path / "out", eps=0.1, kept="none").audit is None
     apply(tmp_path / "out", eps=0.1, kept="none", to=tmp_path / "elsewhere")
-    deduplicate(debian.files[0], tmp_path / "direct", n_clusters=60, eps=0.1, kept="none")
+    deduplicate(debian_sample.files[0], tmp_path / "direct", n_clusters=60, eps=0.1, kept="none")
     before = snapshot(tmp_path / "out")
     expected = numbers(audit(tmp_path / "direct"))
     assert numbers(audit(tmp_path / "out" / "eps=0.1")) == expected
@@ -234,8 +231,8 @@ def test_an_answer_of_apply_is_audited_with_the_clusters_of_its_run(finished, de
         audit(tmp_path / "elsewhere")
 
 
-def test_the_clusters_of_another_run_are_never_taken(debian, tmp_path):
-    deduplicate(debian.files[0], tmp_path / "out", n_clusters=8)
+def test_the_clusters_of_another_run_are_never_taken(debian_sample, tmp_path):
+    deduplicate(debian_sample.files[0], tmp_path / "out", n_clusters=8)
     apply(tmp_path / "out", eps=0.1, kept="none", to=tmp_path / "elsewhere")
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     (tmp_path / "out" / "run.json").write_text(json.dumps({**run, "finished": "2020-01-01T00:00:00+00:00"}))
@@ -261,32 +258,32 @@ def test_only_the_audit_in_run_json_changes_and_a_second_one_replaces_it(finishe
     assert not (tmp_path / "out" / "_audit").exists()
 
 
-def test_run_with_audit_looks_before_intermediate_files_are_dropped(debian, tmp_path):
+def test_run_with_audit_looks_before_intermediate_files_are_dropped(debian_sample, tmp_path):
     options = ["--eps", 0.05, "--n-clusters", 8, "--kept", "none", "--drop-intermediate", "--audit"]
-    text = cli("run", debian.files[0], tmp_path / "out", *options).stdout
+    text = cli("run", debian_sample.files[0], tmp_path / "out", *options).stdout
     assert WORDS in text
     assert not (tmp_path / "out" / "kmeans").exists()
     assert not (tmp_path / "out" / "pairwise").exists()
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["audit"]["measures"] == WORDS
     assert run["audit"]["sampled"] > 0
-    again = cli("run", debian.files[0], tmp_path / "out", *options)
+    again = cli("run", debian_sample.files[0], tmp_path / "out", *options)
     assert "finished already" in again.stderr
     assert json.loads((tmp_path / "out" / "run.json").read_text()) == run
     assert "kmeans" in cli("audit", tmp_path / "out", code=2).stderr
     assert json.loads((tmp_path / "out" / "run.json").read_text()) == run
 
 
-def test_run_with_audit_adds_it_to_a_run_that_is_finished(debian, tmp_path):
-    plain = deduplicate(debian.files[0], tmp_path / "out", eps=EPS, n_clusters=8)
+def test_run_with_audit_adds_it_to_a_run_that_is_finished(debian_sample, tmp_path):
+    plain = deduplicate(debian_sample.files[0], tmp_path / "out", eps=EPS, n_clusters=8)
     assert plain.audit is None
     before = snapshot(tmp_path / "out")
-    added = deduplicate(debian.files[0], tmp_path / "out", eps=EPS, n_clusters=8, audit=True)
+    added = deduplicate(debian_sample.files[0], tmp_path / "out", eps=EPS, n_clusters=8, audit=True)
     assert added.audit.n_sampled > 0
     assert {**added.run, "audit": None} == {**plain.run, "audit": None}
     assert {n for n, facts in snapshot(tmp_path / "out").items() if facts != before.get(n)} == {"run.json"}
     # without the flag it stays there, and is shown
-    assert deduplicate(debian.files[0], tmp_path / "out", eps=EPS, n_clusters=8).audit == added.audit
+    assert deduplicate(debian_sample.files[0], tmp_path / "out", eps=EPS, n_clusters=8).audit == added.audit
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -357,7 +354,7 @@ def test_no_neighbour_at_all_gives_no_recall(tmp_path):
     assert cli("audit", tmp_path / "out").stdout.count(" - ") >= len(EPS_GRID)
 
 
-def test_overwrite_removes_what_a_killed_audit_left(debian, tmp_path):
+def test_overwrite_removes_what_a_killed_audit_left(debian_sample, tmp_path):
     source = write_parquet(tmp_path / "in.parquet", twin_table())
     cli("run", source, tmp_path / "out", "--n-clusters", 3)
     left = tmp_path / "out" / "_audit" / "vectors-000000.npy"

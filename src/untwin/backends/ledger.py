@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from untwin.errors import DamagedFileError
 from untwin.stages import tasks
 from untwin.stages.base import Task
 from untwin.storage.files import Storage, WrittenFile, join, redact
@@ -90,7 +91,7 @@ class Ledger:
     def _read(self, path: str) -> dict[str, Any] | None:
         try:
             content = self._storage.read_json(path)
-        except ValueError:
+        except DamagedFileError:
             return None
         return content if isinstance(content, dict) else None
 

@@ -168,9 +168,8 @@ class Storage:
         except FileNotFoundError as error:
             raise InputNotFoundError(f"{redact(path)}: not found") from error
         except PermissionError as error:
-            raise UntwinError(
-                f"{redact(path)}: access denied ({error}); check the permissions or the credentials"
-            ) from error
+            what = "credentials" if is_remote(path) else "permissions"
+            raise UntwinError(f"{redact(path)}: access denied ({error}); check the {what}") from error
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise ResourceError(
