@@ -8,7 +8,7 @@ from untwin.errors import DamagedFileError
 from untwin.storage.columns import matrix_of
 from untwin.storage.files import Storage
 from untwin.storage.sample import SampleBlocks, read_hashes, sample_batch, write_sample
-from untwin.storage.shards import read_batches, read_group, write_shard
+from untwin.storage.shards import read_batch, write_shard
 
 STORAGE = Storage()
 
@@ -32,7 +32,7 @@ def test_a_group_holds_the_rows_of_its_clusters_from_every_shard_in_order(tmp_pa
         ]
     n_seen = 0
     for group in range(4):
-        batches = list(read_group(STORAGE, paths, group))
+        batches = [read_batch(STORAGE, path, group) for path in paths]
         assert len(batches) == 3
         for number, batch in enumerate(batches):
             assert batch.schema.names == ["id", "extra", "_centroid", "_vector"]
@@ -51,7 +51,7 @@ def test_a_shard_of_a_chunked_table_with_several_batches(tmp_path):
     vectors = np.arange(6, dtype=np.float32).reshape(3, 2)
     path = str(tmp_path / "x.arrow")
     write_shard(STORAGE, path, side, vectors, np.array([1, 0, 1], np.int32), np.array([0, 0], np.int32), 1)
-    (batch,) = read_batches(STORAGE, path)
+    batch = read_batch(STORAGE, path, 0)
     assert batch.column("id").to_pylist() == ["b", "a", "c"]
     np.testing.assert_array_equal(matrix_of(batch.column("_vector")), vectors[[1, 0, 2]])
 
@@ -60,7 +60,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     path = tmp_path / "x.arrow"
     path.write_bytes(b"ARROW1 and then nothing of use")
     with pytest.raises(DamagedFileError, match=r"x\.arrow: cannot be read"):
-        list(read_batches(STORAGE, str(path)))
+        read_batch(STORAGE, str(path), 0)
 
 
 def test_sample_blocks_are_the_rows_of_the_wanted_length_with_small_hashes(tmp_path):

@@ -6,7 +6,7 @@ units of input and not with the number of clusters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -65,12 +65,6 @@ def shard_schema(columns: pa.Schema, dim: int) -> pa.Schema:
     return columns.append(pa.field("_centroid", pa.int32())).append(pa.field("_vector", pa.list_(pa.float32(), dim)))
 
 
-def read_group(storage: Storage, paths: Sequence[str], group: int) -> Iterator[pa.RecordBatch]:
-    """The rows of one group of clusters, a batch from each shard, in the order of the shards."""
-    for path in paths:
-        yield read_batch(storage, path, group)
-
-
 def read_batch(storage: Storage, path: str, number: int) -> pa.RecordBatch:
     """One record batch of an Arrow file."""
     with naming_file(path), storage.open(path) as source, pa.ipc.open_file(source) as reader:
@@ -82,10 +76,3 @@ def write_batches(storage: Storage, path: str, schema: pa.Schema, batches: Seque
     with storage.writing(path) as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
-
-
-def read_batches(storage: Storage, path: str) -> Iterator[pa.RecordBatch]:
-    """All record batches of an Arrow file."""
-    with naming_file(path), storage.open(path) as source, pa.ipc.open_file(source) as reader:
-        for number in range(reader.num_record_batches):
-            yield reader.get_batch(number)
