@@ -24,6 +24,9 @@ from untwin.stages import removal
 
 SMALL = 1 << 14
 
+# a shell that starts its commands in the background has them ignore interrupts, and children inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
