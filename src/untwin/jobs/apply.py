@@ -63,9 +63,7 @@ def apply(
     storage = Storage(dict(storage_options or {}))
     executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory))
     run_folder = OutputFolder(storage, normalize_path(os.fspath(output_path)))
-    run = run_folder.read_run()
-    if run is None:
-        raise ParameterError(f"{redact(run_folder.path)}: holds no finished run (no run.json); untwin run makes one")
+    run = run_folder.require_run()
     folder = OutputFolder(storage, normalize_path(os.fspath(to)) if to else run_folder.file(f"eps={float(eps)!r}"))
     parameters = dataclasses.replace(
         parameters_of(run, storage.options),

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from untwin.backends.base import Progress
-from untwin.errors import ParameterError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import parse_bytes
 from untwin.jobs.recall import MAX_SAMPLE, MIN_NEIGHBOURS, measure_recall
 from untwin.jobs.result import RunResult
 from untwin.jobs.run import make_executor
-from untwin.storage.files import Storage, normalize_path, redact
+from untwin.storage.files import Storage, normalize_path
 
 
 def audit(
@@ -56,9 +55,7 @@ def audit(
     storage = Storage(dict(storage_options or {}))
     executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory))
     folder = OutputFolder(storage, normalize_path(os.fspath(output_path)))
-    run = folder.read_run()
-    if run is None:
-        raise ParameterError(f"{redact(folder.path)}: holds no finished run (no run.json); untwin run makes one")
+    run = folder.require_run()
     run["audit"] = measure_recall(
         folder,
         run,

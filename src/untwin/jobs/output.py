@@ -10,7 +10,7 @@ from typing import Any
 
 import untwin
 from untwin.backends.ledger import Ledger
-from untwin.errors import OutputExistsError
+from untwin.errors import OutputExistsError, ParameterError
 from untwin.storage.files import Storage, is_remote, join, redact
 from untwin.storage.listing import Listing
 from untwin.storage.lock import LOCK
@@ -70,6 +70,13 @@ class OutputFolder:
         run: dict[str, Any] = self.storage.read_json(self.run_path)
         if not isinstance(run, dict) or run.get("format_version") != FORMAT_VERSION:
             raise OutputExistsError(f"{redact(self.run_path)}: was not made by this version of untwin; run again")
+        return run
+
+    def require_run(self) -> dict[str, Any]:
+        """What a finished run wrote about itself; ParameterError if there is none."""
+        run = self.read_run()
+        if run is None:
+            raise ParameterError(f"{redact(self.path)}: holds no finished run (no run.json); untwin run makes one")
         return run
 
     def write_plan(self, parameters: Mapping[str, Any], described: Mapping[str, Any], **more: Any) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from untwin.storage.files import Storage
+from untwin.errors import OutputExistsError, ParameterError
+from untwin.storage.files import Storage, redact
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,6 @@ def storage_of(kwargs: dict[str, Any] | None) -> Storage:
     Raises:
         ParameterError: An unknown key.
     """
-    from untwin.errors import ParameterError
-
     known = dict(kwargs or {})
     options = known.pop("storage_options", None) or {}
     if known:
@@ -147,3 +146,12 @@ def storage_of(kwargs: dict[str, Any] | None) -> Storage:
             f"read_kwargs/write_kwargs: {', '.join(map(repr, known))} is not supported; known is 'storage_options'"
         )
     return Storage(options)
+
+
+def require_empty(storage: Storage, folder: str) -> None:
+    """Raise OutputExistsError if a folder holds something."""
+    present = storage.names(folder)
+    if present:
+        raise OutputExistsError(
+            f"{redact(folder)}: holds {present[0]!r} already; choose another output_path, or remove the folder"
+        )

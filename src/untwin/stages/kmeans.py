@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from untwin.errors import OutputExistsError, ParameterError
+from untwin.errors import ParameterError
 from untwin.plan import Plan, make_plan
 from untwin.stages.assign import AssignStage
-from untwin.stages.base import CompositeStage, Stage, storage_of
+from untwin.stages.base import CompositeStage, Stage, require_empty, storage_of
 from untwin.stages.clustering import Clustering
 from untwin.stages.fit import FitStage
 from untwin.stages.gather import GatherStage
 from untwin.stages.repeats import RepeatsStage
 from untwin.stages.sample import SampleStage
-from untwin.storage.files import join, normalize_path, redact
+from untwin.storage.files import join, normalize_path
 from untwin.storage.listing import Fields, Listing, list_inputs
 
 
@@ -204,12 +204,7 @@ class KMeansStage(CompositeStage):
                 exclude=[self.output_path],
                 dim=self.embedding_dim,
             )
-            present = self.target.names(self.output_path)
-            if present:
-                raise OutputExistsError(
-                    f"{redact(self.output_path)}: holds {present[0]!r} already; choose another output_path, or remove "
-                    "the folder"
-                )
+            require_empty(self.target, self.output_path)
             plan = make_plan(
                 listing.groups().rows,
                 dim=listing.dim,

@@ -24,9 +24,9 @@ from untwin.core import (
     score_counts,
     threshold,
 )
-from untwin.errors import DamagedFileError, InputNotFoundError, OutputExistsError, ParameterError, SchemaError
+from untwin.errors import DamagedFileError, InputNotFoundError, ParameterError, SchemaError
 from untwin.plan import split_evenly
-from untwin.stages.base import Context, Stage, Upstream, storage_of
+from untwin.stages.base import Context, Stage, Upstream, require_empty, storage_of
 from untwin.stages.clustering import EXAMPLES_SEED
 from untwin.stages.gather import GatherStage
 from untwin.stages.ids import hash_ids
@@ -147,12 +147,7 @@ class PairwiseStage(Stage):
 
     def check_output(self) -> None:
         """Refuse an output that is there."""
-        present = self.target.names(self.output_path)
-        if present:
-            raise OutputExistsError(
-                f"{redact(self.output_path)}: holds {present[0]!r} already; choose another output_path, or remove the "
-                "folder"
-            )
+        require_empty(self.target, self.output_path)
 
     def check(self, before: Sequence[Stage]) -> None:
         """Refuse parameters that do not fit the `KMeansStage` before this one."""

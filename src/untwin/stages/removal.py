@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from untwin.errors import InputNotFoundError, OutputExistsError, ParameterError, ResultMismatchError, SchemaError
+from untwin.errors import InputNotFoundError, ParameterError, ResultMismatchError, SchemaError
 from untwin.plan import split_evenly
-from untwin.stages.base import Context, Stage, Upstream, storage_of
+from untwin.stages.base import Context, Stage, Upstream, require_empty, storage_of
 from untwin.stages.clustering import IDS_SEED_1, IDS_SEED_2
 from untwin.stages.duplicates import MergeStage
 from untwin.stages.ids import hash_ids
@@ -91,12 +91,7 @@ class RemoveDuplicatesStage(Stage):
 
     def check_output(self) -> None:
         """Refuse an output that is there."""
-        present = self.target.names(self.output_path)
-        if present:
-            raise OutputExistsError(
-                f"{redact(self.output_path)}: holds {present[0]!r} already; choose another output_path, or remove the "
-                "folder"
-            )
+        require_empty(self.target, self.output_path)
 
     def check(self, before: Sequence[Stage]) -> None:
         """Refuse a lack of anything to remove."""
