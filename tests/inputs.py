@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from click.testing import CliRunner
+
+from untwin.cli import main
 
 N_TWINS = 6
 """Pairs in `twin_vectors`."""
@@ -90,3 +93,11 @@ def snapshot(folder):
         for path in sorted(Path(folder).rglob("*"))
         if path.is_file()
     }
+
+
+def cli(*arguments, code=0):
+    """Run a command in this process; its result."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result

@@ -8,23 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from click.testing import CliRunner
 
-from inputs import ids_of, read_files, read_folder, snapshot, table_of, twin_table, write_parquet, write_split
+from inputs import cli, ids_of, read_files, read_folder, snapshot, table_of, twin_table, write_parquet, write_split
 from untwin import apply, audit, deduplicate
-from untwin.cli import main
 from untwin.core import EPS_GRID, is_duplicate
 from untwin.errors import ParameterError
 
 EPS = 0.05
 WORDS = "recall of cosine neighbours, not of human judgement"
-
-
-def cli(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result
 
 
 @dataclass(frozen=True)

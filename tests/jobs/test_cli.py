@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from inputs import (
     TWINS,
+    cli,
     ids_of,
     read_folder,
     snapshot,
@@ -28,14 +29,6 @@ from inputs import (
 from untwin.cli import main
 
 CANARY = "canary-5b1f0c"
-
-
-def cli(*arguments, code=0):
-    """Run a command in this process; its result."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result
 
 
 def process(*arguments, **environment):
