@@ -122,6 +122,7 @@ def test_paths(tmp_path, monkeypatch):
     assert not is_remote("file:///x")
     assert redact("ftp://user:secret@host/x") == "ftp://host/x"
     assert redact("s3://bucket/a@b") == "s3://bucket/a@b"
+    assert redact("abfs://box@account.host/x") == "abfs://box@account.host/x"
 
 
 def test_an_unknown_protocol_and_an_unwritable_option_are_the_users_mistake():

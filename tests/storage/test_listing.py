@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from untwin.errors import ChangedInputError, DamagedFileError, InputNotFoundError, ParameterError, SchemaError
-from untwin.storage import inputs
+from untwin.storage import inputs, listing
 from untwin.storage.files import Storage
 from untwin.storage.listing import Fields, Listing, list_inputs
 from untwin.storage.rows import read_rows
@@ -315,3 +315,17 @@ def test_arrays_that_do_not_fit_their_metadata_are_named(tmp_path):
     np.save(tmp_path / "img_emb_0.npy", np.array([{"evil": 1}], dtype=object), allow_pickle=True)
     with pytest.raises((SchemaError, DamagedFileError), match=r"img_emb_0.npy"):
         list_inputs(STORAGE, [str(tmp_path)], FIELDS, filetype="npy")
+
+
+def test_files_of_equal_columns_share_one_schema_object(tmp_path, monkeypatch):
+    """A million schemas would be gigabytes."""
+    seen = []
+    check = listing._check_schemas
+    monkeypatch.setattr(listing, "_check_schemas", lambda facts, *rest: seen.extend(facts) or check(facts, *rest))
+    for number in range(20):
+        kind = pa.float32() if number < 15 else pa.float64()
+        table = pa.table({"id": [f"{number}"], "embedding": pa.array([[1.0, 2.0]], pa.list_(kind))})
+        pq.write_table(table, tmp_path / f"{number:02}.parquet")
+    list_inputs(STORAGE, [str(tmp_path)], FIELDS)
+    assert len({id(fact.schema) for fact in seen[:15]}) == len({id(fact.schema) for fact in seen[15:]}) == 1
+    assert not seen[0].schema.equals(seen[15].schema)
