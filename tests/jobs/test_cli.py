@@ -26,7 +26,9 @@ from inputs import (
     write_parquet,
     write_split,
 )
+from untwin.backends.local import _Chain
 from untwin.cli import main
+from untwin.jobs.run import PreparedRun
 
 CANARY = "canary-5b1f0c"
 
@@ -427,11 +429,33 @@ def test_memory_is_enough_for_the_whole_run_or_refused_before_it(debian, tmp_pat
     assert result.exit_code == 0
 
 
+@pytest.mark.parametrize("options", [["--n-clusters", "8"], ["--eps", "0.05", "--n-clusters", "60"]])
+def test_the_memory_asked_for_before_the_run_is_that_of_its_largest_unit(debian, tmp_path, monkeypatch, options):
+    asked, needed = [], []
+    least = PreparedRun.least_memory.fget
+    monkeypatch.setattr(PreparedRun, "least_memory", property(lambda run: asked.append(least(run)) or asked[-1]))
+    minimum = _Chain.minimum_memory
+    monkeypatch.setattr(_Chain, "minimum_memory", lambda *given: needed.append(minimum(*given)) or needed[-1])
+    cli("run", debian.path, tmp_path / "out", "--kept", "none", *options)
+    assert max(needed) <= asked[0] <= 1.3 * max(needed)
+
+
 def test_too_little_disk(source, out, monkeypatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     mistake(source, out, "--eps", "0.05", out=out, tells=[str(out), "disk", "free"])
     mistake(source, out, "--dry-run", out=out, tells=[str(out), "disk", "free"])
+
+
+def test_apply_is_told_of_too_little_disk_before_it_writes(finished, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    before = snapshot(finished)
+    text = cli("apply", finished, "--eps", "0.1", code=2).stderr
+    for told in (str(finished / "eps=0.1"), "disk", "free"):
+        assert told in text
+    assert snapshot(finished) == before
+    assert not (finished / "eps=0.1").exists()
 
 
 @pytest.mark.parametrize(

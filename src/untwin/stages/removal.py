@@ -199,7 +199,7 @@ class RemoveDuplicatesStage(Stage):
 
     def minimum_memory(self, task: InputTask) -> int:
         """Without the input's largest piece, of which most is read page by page."""
-        by_id = 0 if self._bitmap else 40 * task.n_rows + 16 * _HASHES_PER_PART
+        by_id = 40 * task.n_rows + 16 * _HASHES_PER_PART if self._hash_files else 0
         return (96 << 20) + by_id
 
     def process(self, task: InputTask, context: Context) -> KeptTask:
@@ -247,6 +247,8 @@ class RemoveDuplicatesStage(Stage):
             part = np.frombuffer(self.target.read_range(self._bitmap, start, length), np.uint8)
             return get_bits(part, first_row, task.n_rows)
         keep = np.ones(task.n_rows, np.bool_)
+        if not self._hash_files:
+            return keep
         hashes = [np.empty((2, 0), np.uint64)]
         null = [np.empty(0, np.bool_)]
         spans = listing.spans(task.first_group, task.end_group, groups)
