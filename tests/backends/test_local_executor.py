@@ -271,6 +271,11 @@ def test_parameters_that_make_no_sense_are_refused(arguments, message):
         LocalExecutor(*arguments)
 
 
+def test_what_is_no_executor_is_refused():
+    with pytest.raises(ParameterError, match="'local' is no executor"):
+        Pipeline(stages=[Recorded([], "a", pieces(1))]).run("local")
+
+
 def test_stages_check_what_is_before_them_before_any_unit_runs():
     events = []
 

@@ -147,13 +147,12 @@ def test_another_eps_than_that_of_the_pairwise_results_is_refused_before_the_wor
     stages = [*first_stages(tmp_path, eps=0.1), IdentifyDuplicatesStage(str(tmp_path / "out"), 0.2)]
     with pytest.raises(ParameterError, match=r"eps is 0.2, but the pairwise results were resolved with eps 0.1"):
         Pipeline(stages=stages).run()
-    stages = [*first_stages(tmp_path, eps=None, compare_to="kept"), IdentifyDuplicatesStage(str(tmp_path / "out"), 0.2)]
-    with pytest.raises(ParameterError, match=r"without an eps, so nothing was decided; give it eps=0.2"):
-        Pipeline(stages=stages).run()
     with pytest.raises(ParameterError, match="add a PairwiseStage right before it"):
         Pipeline(stages=[*first_stages(tmp_path)[:1], IdentifyDuplicatesStage(str(tmp_path / "out"), 0.2)]).run()
     with pytest.raises(ParameterError, match="eps"):
         IdentifyDuplicatesStage(str(tmp_path / "out"), 0.0)
+    with pytest.raises(ParameterError, match="output_path is None"):
+        IdentifyDuplicatesStage(None, 0.1)
     with pytest.raises(ParameterError, match="'filters' is not supported"):
         IdentifyDuplicatesStage(str(tmp_path / "out"), 0.1, read_kwargs={"filters": []})
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -321,6 +320,9 @@ def test_removal_mistakes_are_refused_and_nothing_is_written(tmp_path):
         Pipeline(stages=[RemoveDuplicatesStage(str(tmp_path / "in"), str(tmp_path / "kept"))]).run()
     with pytest.raises(ParameterError, match="layout is 'flat'"):
         RemoveDuplicatesStage("in", "kept", layout="flat")
+    for options in ({"input_path": 3}, {"output_path": None}, {"id_field": ""}, {"duplicates_path": 7}):
+        with pytest.raises(ParameterError, match=f"{next(iter(options))} is "):
+            RemoveDuplicatesStage(**{"input_path": "in", "output_path": "kept", **options})
     with pytest.raises(ParameterError, match="'columns' is not supported"):
         RemoveDuplicatesStage("in", "kept", read_kwargs={"columns": []})
     (tmp_path / "kept").mkdir()

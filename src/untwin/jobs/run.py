@@ -21,6 +21,7 @@ from untwin.jobs.record import check_every_row, describe_input, now, resources, 
 from untwin.jobs.result import RunResult
 from untwin.pipeline import Pipeline
 from untwin.plan import Plan, make_plan
+from untwin.stages import checks
 from untwin.stages.assign import AssignStage
 from untwin.stages.base import CompositeStage, Stage, Task
 from untwin.stages.duplicates import IdentifyDuplicatesStage
@@ -409,15 +410,15 @@ def deduplicate(
     if isinstance(n_clusters, str) and n_clusters != "auto":
         raise ParameterError(f"n_clusters is {n_clusters!r}; it must be a number or 'auto'")
     parameters = RunParameters(
-        inputs=(os.fspath(input_path),)
-        if isinstance(input_path, str | os.PathLike)
-        else tuple(os.fspath(path) for path in input_path),
-        output=os.fspath(output_path),
+        inputs=tuple(checks.paths("input_path", input_path)),
+        output=checks.path("output_path", output_path),
         eps=eps,
         n_clusters=None if isinstance(n_clusters, str) else n_clusters,
         id_field=id_field,
         embedding_field=embedding_field,
-        metadata_fields=(metadata_fields,) if isinstance(metadata_fields, str) else tuple(metadata_fields),
+        metadata_fields=(metadata_fields,)
+        if isinstance(metadata_fields, str)
+        else checks.texts("metadata_fields", metadata_fields),
         which_to_keep=which_to_keep,
         rank_by=rank_by,
         compare_to=compare_to,
