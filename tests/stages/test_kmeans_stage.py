@@ -220,7 +220,7 @@ def test_input_file_extensions_replace_those_of_the_type(tmp_path):
         run(str(tmp_path / "in"), tmp_path / "k2", 1, input_file_extensions=["arrow"])
     with pytest.raises(ParameterError, match="input_file_extensions is 'parquet'; give a list"):
         KMeansStage(1, "id", "embedding", "in", "out", input_file_extensions="parquet")
-    with pytest.raises(ParameterError, match="metadata_fields is 'duration'; it must be a list"):
+    with pytest.raises(ParameterError, match="metadata_fields is 'duration'; give a list"):
         KMeansStage(1, "id", "embedding", "in", "out", metadata_fields="duration")
 
 
