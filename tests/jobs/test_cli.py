@@ -167,6 +167,13 @@ def test_apply_needs_a_finished_run_with_its_clusters_and_an_input_that_did_not_
     assert "0 and less than 1" in cli("apply", out, "--eps", "1.5", code=2).stderr
 
 
+def test_apply_to_an_answer_of_apply_names_the_run(finished):
+    cli("apply", finished, "--eps", "0.1")
+    text = cli("apply", finished / "eps=0.1", "--eps", "0.2", code=2).stderr
+    assert f"eps=0.1: is an answer for the run in {finished};" in text
+    assert not (finished / "eps=0.1" / "eps=0.2").exists()
+
+
 def test_apply_counts_its_rows_so_clusters_that_lost_some_are_no_answer(finished):
     (path,) = (finished / "kmeans").rglob("*.parquet")
     write_parquet(path, pq.ParquetFile(path).read().slice(3))

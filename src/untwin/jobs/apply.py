@@ -83,6 +83,10 @@ def apply(
     done, _ = _existing(folder, run, parameters.answer())
     if done is not None:
         return RunResult.from_run(folder, done)
+    if "applied_to" in run:
+        raise ParameterError(
+            f"{redact(run_folder.path)}: is an answer for the run in {run['applied_to']['path']}; give that folder"
+        )
     if not storage.names(run_folder.file("kmeans")):
         raise ParameterError(
             f"{redact(run_folder.path)}: has no kmeans/ any more (drop_intermediate), so rows cannot be compared; "

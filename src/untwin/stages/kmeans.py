@@ -192,6 +192,7 @@ class KMeansStage(CompositeStage):
         """Sample, fit, assign, find repeated ids, gather."""
         job = self.clustering
         if job is None:
+            require_empty(self.target, self.output_path)
             listing = list_inputs(
                 self.source,
                 self.input_paths,
@@ -201,7 +202,6 @@ class KMeansStage(CompositeStage):
                 exclude=[self.output_path],
                 dim=self.embedding_dim,
             )
-            require_empty(self.target, self.output_path)
             plan = make_plan(
                 listing.groups().rows,
                 dim=listing.dim,

@@ -51,7 +51,7 @@ class Span:
         first_group: Number of the first piece.
         group_rows: Rows of each piece in the range.
         group_starts: Position of each piece in the file.
-        end: Position behind the last piece (text only; else -1).
+        end: Where the piece behind the last one begins; the size of the file if there is none.
         first_row: Number of the first row in the plan's order.
         row_in_file: Number of the first row in its file.
     """
