@@ -1,4 +1,4 @@
-"""Folders and files, local or remote: opening, listing, atomic writing. Nobody else opens a path.
+"""Folders and files, local or remote: opening, listing, atomic writing. Nobody else opens a file of input or output.
 
 Local folders use the operating system directly; every other URL goes through fsspec.
 """
