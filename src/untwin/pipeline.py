@@ -56,6 +56,8 @@ class Pipeline:
             from untwin.backends.local import LocalExecutor
 
             executor = LocalExecutor()
+        if not isinstance(executor, Executor):
+            raise ParameterError(f"{executor!r} is no executor; give one such as LocalExecutor(), or none")
         flat: list[Stage] = []
         for step in self.stages:
             flat.extend(step.stages() if isinstance(step, CompositeStage) else [step])

@@ -1,6 +1,7 @@
 """An audit tells how many neighbours lie in other clusters: checked against brute force over all pairs."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 from inputs import cli, ids_of, read_files, read_folder, snapshot, table_of, twin_table, write_parquet, write_split
 from untwin import apply, audit, deduplicate
 from untwin.core import EPS_GRID, is_duplicate
-from untwin.errors import ParameterError
+from untwin.errors import OutputInUseError, ParameterError
+from untwin.jobs.output import OutputFolder
+from untwin.storage.files import Storage
+from untwin.storage.lock import locked
 
 EPS = 0.05
 WORDS = "recall of cosine neighbours, not of human judgement"
@@ -334,6 +338,57 @@ def test_an_interrupted_audit_changes_nothing_and_says_so(finished, monkeypatch)
     text = cli("audit", output, code=130).stderr
     assert f"nothing in {output} has changed" in text
     assert snapshot(output) == before
+
+
+def test_an_audit_and_other_work_in_the_same_output_exclude_each_other(finished, debian_sample, tmp_path):
+    output, _ = finished(8)
+    folder = OutputFolder(Storage(), str(output))
+    before = snapshot(output)
+    with locked(folder.storage, folder.path), pytest.raises(OutputInUseError, match=f"process {os.getpid()}, started"):
+        audit(output)
+    assert snapshot(output) == before
+
+    class Meddler:
+        """While the audit is at work."""
+
+        def start(self, name, n_rows):
+            for work in (
+                lambda: audit(output),
+                lambda: deduplicate(debian_sample.path, output, eps=EPS, n_clusters=8, overwrite=True),
+            ):
+                with pytest.raises(OutputInUseError, match=f"process {os.getpid()}, started"):
+                    work()
+            told.append(name)
+
+        def advance(self, n_rows):
+            pass
+
+        def finish(self):
+            pass
+
+    told = []
+    audit(output, progress=Meddler())
+    assert told
+    assert not (output / "_lock.json").exists()
+
+
+def test_an_audit_of_the_run_does_not_disturb_an_answer_that_is_being_made(debian_sample, tmp_path):
+    deduplicate(debian_sample.path, tmp_path / "out", n_clusters=8)
+
+    class Auditor:
+        """Audits the run while `apply` is at work."""
+
+        def start(self, name, n_rows):
+            audit(tmp_path / "out", min_neighbours=50)
+
+        def advance(self, n_rows):
+            pass
+
+        def finish(self):
+            pass
+
+    assert apply(tmp_path / "out", eps=EPS, kept="none", progress=Auditor()).n_duplicates > 100
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["audit"] is not None
 
 
 def test_no_neighbour_at_all_gives_no_recall(tmp_path):

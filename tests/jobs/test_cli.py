@@ -26,7 +26,9 @@ from inputs import (
     write_parquet,
     write_split,
 )
+from untwin.backends.local import _Chain
 from untwin.cli import main
+from untwin.jobs.run import PreparedRun
 
 CANARY = "canary-5b1f0c"
 
@@ -165,6 +167,21 @@ def test_apply_needs_a_finished_run_with_its_clusters_and_an_input_that_did_not_
     assert "0 and less than 1" in cli("apply", out, "--eps", "1.5", code=2).stderr
 
 
+def test_apply_to_an_answer_of_apply_names_the_run(finished):
+    cli("apply", finished, "--eps", "0.1")
+    text = cli("apply", finished / "eps=0.1", "--eps", "0.2", code=2).stderr
+    assert f"eps=0.1: is an answer for the run in {finished};" in text
+    assert not (finished / "eps=0.1" / "eps=0.2").exists()
+
+
+def test_apply_counts_its_rows_so_clusters_that_lost_some_are_no_answer(finished):
+    (path,) = (finished / "kmeans").rglob("*.parquet")
+    write_parquet(path, pq.ParquetFile(path).read().slice(3))
+    text = cli("apply", finished, "--eps", "0.1", code=2).stderr
+    assert str(finished / "kmeans") in text
+    assert not (finished / "eps=0.1" / "run.json").exists()
+
+
 def test_dry_run_says_what_it_would_take_and_writes_nothing(source, out):
     text = cli("run", source, out, "--dry-run", "--n-clusters", 2).stdout
     (line,) = text.strip().splitlines()
@@ -212,6 +229,18 @@ def test_a_real_process_does_the_same(source, out):
     assert failed.stdout == ""
     assert "rank_by" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_reader_of_stdout_that_goes_away_is_no_failure_of_the_run(source, out):
+    """As in `untwin run ... | head -1`."""
+    command = [sys.executable, "-m", "untwin", "run", source, str(out), "--eps", "0.05"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert "12 rows" in running.stdout.readline()
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 1
+    assert (out / "run.json").exists()
+    assert "finished already" in process(*command[3:]).stderr
 
 
 # --- the same command again, and another one -------------------------------------------------------------------------
@@ -407,11 +436,33 @@ def test_memory_is_enough_for_the_whole_run_or_refused_before_it(debian, tmp_pat
     assert result.exit_code == 0
 
 
+@pytest.mark.parametrize("options", [["--n-clusters", "8"], ["--eps", "0.05", "--n-clusters", "60"]])
+def test_the_memory_asked_for_before_the_run_is_that_of_its_largest_unit(debian, tmp_path, monkeypatch, options):
+    asked, needed = [], []
+    least = PreparedRun.least_memory.fget
+    monkeypatch.setattr(PreparedRun, "least_memory", property(lambda run: asked.append(least(run)) or asked[-1]))
+    minimum = _Chain.minimum_memory
+    monkeypatch.setattr(_Chain, "minimum_memory", lambda *given: needed.append(minimum(*given)) or needed[-1])
+    cli("run", debian.path, tmp_path / "out", "--kept", "none", *options)
+    assert max(needed) <= asked[0] <= 1.3 * max(needed)
+
+
 def test_too_little_disk(source, out, monkeypatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     mistake(source, out, "--eps", "0.05", out=out, tells=[str(out), "disk", "free"])
     mistake(source, out, "--dry-run", out=out, tells=[str(out), "disk", "free"])
+
+
+def test_apply_is_told_of_too_little_disk_before_it_writes(finished, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    before = snapshot(finished)
+    text = cli("apply", finished, "--eps", "0.1", code=2).stderr
+    for told in (str(finished / "eps=0.1"), "disk", "free"):
+        assert told in text
+    assert snapshot(finished) == before
+    assert not (finished / "eps=0.1").exists()
 
 
 @pytest.mark.parametrize(
@@ -484,6 +535,96 @@ def test_an_unexpected_failure_has_exit_code_1_and_says_what_is_left(source, out
     assert "--overwrite" in text
 
 
+def test_an_interrupted_apply_calls_its_own_folder_unfinished_and_not_the_run(finished, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("untwin.stages.pairwise.match_ranked", interrupt)
+    text = cli("apply", finished, "--eps", "0.1", code=130).stderr
+    assert f"{finished / 'eps=0.1'} holds an unfinished result" in text
+    assert "the same command goes on" in text
+
+
+def test_a_failure_before_anything_is_written_says_so(source, out, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("untwin.jobs.run.make_plan", fail)
+    text = cli("run", source, out, code=1).stderr
+    assert "RuntimeError: boom" in text
+    assert "nothing was written" in text
+    assert str(out) not in text
+
+
+@pytest.mark.parametrize("command", ["run", "apply", "audit"])
+@pytest.mark.parametrize("content", ["{}", "[]", "{bad", "", '{"format_version": 99}'])
+def test_a_run_json_that_is_damaged_or_of_another_version_is_named(finished, source, command, content):
+    (finished / "run.json").write_text(content)
+    arguments = {
+        "run": ["run", source, finished, "--eps", "0.05", "--rank-by", "id:asc"],
+        "apply": ["apply", finished, "--eps", "0.1"],
+        "audit": ["audit", finished],
+    }
+    assert str(finished / "run.json") in cli(*arguments[command], code=2).stderr
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(source, tmp_path, monkeypatch):
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o555)
+    if os.access(folder, os.W_OK):  # permissions do not count for this user
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+    out = folder / "out"
+    for more in ([], ["--dry-run"]):
+        mistake(source, out, "--eps", "0.05", *more, out=out, tells=[str(out), "read-only", "another folder"])
+
+
+def test_overwrite_with_dry_run_refuses_what_overwrite_refuses(finished, source):
+    (finished / "notes.txt").write_text("precious")
+    for more in ([], ["--dry-run"]):
+        text = cli("run", source, finished, "--eps", "0.1", "--overwrite", *more, code=2).stderr
+        assert str(finished / "notes.txt") in text
+
+
+def test_ids_are_shown_on_one_line_of_limited_length(tmp_path):
+    ids = ["two\nlines \x1b[31m", "tab\t数", "long" * 1000, "plain"]
+    source = write_parquet(tmp_path / "in.parquet", table_of(ids, [[1, 0], [1, 0.001], [0, 1], [0.001, 1]]))
+    text = cli("run", source, tmp_path / "out").stdout
+    pairs = [line for line in text.splitlines() if "  ~  " in line]
+    assert len(pairs) == 2
+    assert all(len(line) < 150 and line.isprintable() for line in pairs)
+    for shown in (r"two\nlines \x1b[31m", r"tab\t数", "long" * 15 + "…", "plain"):
+        assert sum(shown in line for line in pairs) == 1, shown
+
+
+def test_ids_that_are_not_utf_8_are_compared_like_others(tmp_path):
+    """Some writers put any bytes into text columns."""
+    names = pa.array([b"\xff\xfe", b"b", b"\xffc", b"d"], pa.binary())
+    ids = pa.Array.from_buffers(pa.string(), 4, names.buffers())
+    vectors = pa.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.5, 1.0]])
+    source = write_parquet(tmp_path / "in.parquet", pa.table({"id": ids, "embedding": vectors}))
+    assert r"\xff\xfe" in cli("run", source, tmp_path / "out").stdout
+    cli("apply", tmp_path / "out", "--eps", "0.05")
+    (removed,) = read_folder(tmp_path / "out" / "eps=0.05" / "duplicates")["id"].cast(pa.binary()).to_pylist()
+    assert removed in (b"\xff\xfe", b"b")
+
+
+def test_the_next_command_is_shown_as_the_shell_wants_it(source, tmp_path):
+    out = tmp_path / "with a space"
+    for eps in (["--eps", "0.05"], ["--overwrite"]):
+        assert f"untwin apply '{out}' --eps" in cli("run", source, out, *eps).stdout
+
+
+@pytest.mark.parametrize(("path", "told"), [("", "path is empty"), ("~no-such-user/x", "~no-such-user/x")])
+def test_a_path_that_is_empty_or_of_nobody_is_a_mistake(source, out, tmp_path, monkeypatch, path, told):
+    """An empty one comes from a variable that is not set, and must not mean the working directory."""
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    assert told in cli("run", path, out, code=2).stderr
+    assert told in cli("run", source, path, code=2).stderr
+    assert snapshot(tmp_path) == before
+
+
 # --- secrets ---------------------------------------------------------------------------------------------------------
 
 
@@ -533,6 +674,12 @@ def test_bad_storage_options_are_a_mistake_and_are_not_repeated(source, out, opt
     assert "--storage-options" in result.stderr
     assert CANARY not in result.output
     assert not out.exists()
+
+
+def test_a_file_of_storage_options_that_is_not_text_is_a_mistake(source, out, tmp_path):
+    (tmp_path / "options").write_bytes(b"\xff\xfe\x00")
+    text = cli("run", source, out, "--storage-options", f"@{tmp_path / 'options'}", code=2).stderr
+    assert f"{tmp_path / 'options'} is not text" in text
 
 
 def test_storage_options_reach_the_file_system(tmp_path, out):

@@ -144,6 +144,15 @@ def test_ids_of_different_kinds_are_refused(tmp_path):
         run(str(tmp_path / "in"), tmp_path / "out")
 
 
+def test_other_columns_may_have_the_same_name(tmp_path):
+    table = twin_table(x=pa.array(range(12)), y=pa.array("abcdefghijkl")).rename_columns(["id", "embedding", "x", "x"])
+    source = write_parquet(tmp_path / "in.parquet", table, row_group_size=5)
+    run(source, tmp_path / "out")
+    kept = read_folder(tmp_path / "out" / "kept")
+    assert kept.schema.equals(table.schema)
+    assert kept.equals(table.slice(0, N_TWINS))
+
+
 def test_other_names_of_the_columns(tmp_path):
     table = twin_table().rename_columns(["clip", "vec"])
     run(
@@ -244,6 +253,15 @@ def test_json_ids_that_look_like_dates_are_text(tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     run(str(tmp_path / "in.jsonl"), tmp_path / "out", input_filetype="jsonl", rank_by="day:asc")
     assert witnesses(tmp_path / "out") == {days[2]: days[0], days[3]: days[1]}
+
+
+def test_a_json_column_to_rank_by_that_becomes_fractional_is_named(tmp_path):
+    """Its type comes from the first lines: whole numbers."""
+    lines = [json.dumps({"id": i, "embedding": [1, i], "d": i}) for i in range(1000)]
+    lines += [json.dumps({"id": 1000, "embedding": [1, 0], "d": 0.5})]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    with pytest.raises(SchemaError, match=r"in\.jsonl: column 'd' is int64 .* but double .*one type"):
+        run(str(tmp_path / "in.jsonl"), tmp_path / "out", input_filetype="jsonl", rank_by="d:desc")
 
 
 def test_json_ids_of_mixed_types_are_refused_by_name(tmp_path):
@@ -415,6 +433,13 @@ def test_several_sets_of_embeddings_without_a_summary_that_decides_are_listed(tm
         run(source, tmp_path / "out")
 
 
+def test_a_summary_that_is_not_json_is_named(tmp_path):
+    source = curator(tmp_path / "in", ["iv2_embd_parquet", "ce1_embd_parquet"])
+    (tmp_path / "in" / "summary.json").write_text("{bad")
+    with pytest.raises(DamagedFileError, match=r"summary\.json: is not JSON"):
+        run(source, tmp_path / "out")
+
+
 def test_a_folder_without_data(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text("{}")
@@ -480,6 +505,16 @@ def test_mirror_has_a_file_for_each_input_file_under_its_relative_path(tmp_path)
         found = pq.read_table(kept / name, partitioning=None)
         assert found.equals(table.slice(low, max(0, min(6, low + size) - low)))
         assert found.schema.equals(table.schema)
+
+
+def test_mirror_gives_files_without_rows_a_file_without_rows(tmp_path):
+    """Such a file has the same first row number as the one behind it."""
+    table = twin_table()
+    for name, (low, size) in {"a": (0, 4), "b": (4, 0), "c": (4, 5), "d": (9, 0), "e": (9, 3)}.items():
+        write_parquet(tmp_path / "in" / f"{name}.parquet", table.slice(low, size))
+    run(str(tmp_path / "in"), tmp_path / "out", kept="mirror")
+    kept = {path.name: pq.read_table(path)["id"].to_pylist() for path in parquet_files(tmp_path / "out" / "kept")}
+    assert kept == {"a.parquet": KEPT[:4], "b.parquet": [], "c.parquet": KEPT[4:], "d.parquet": [], "e.parquet": []}
 
 
 def test_mirror_keeps_files_apart_that_have_the_same_name(tmp_path):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,14 @@ def _write_three_groups(folder: Path, n_rows: int, dim: int) -> None:
         pq.write_table(table, folder / f"{number}.parquet", compression="none", use_dictionary=False)
 
 
+def _run(source: Path, out: Path, *options: object) -> dict[str, Any]:
+    """`run.json` of a run in a process of its own, whose peak memory is that of the run."""
+    command = [sys.executable, "-m", "untwin", "run", source, out, "--eps", "0.05", "--json", *options]
+    done = subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    run: dict[str, Any] = json.loads(done.stdout)
+    return run
+
+
 @pytest.mark.parametrize(
     ("n_rows", "dim", "memory"),
     [
@@ -44,9 +53,7 @@ def test_peak_memory_stays_within_the_budget_with_clusters_larger_than_it(
     source = tmp_path / "input"
     source.mkdir()
     _write_three_groups(source, n_rows, dim)
-    command = [sys.executable, "-m", "untwin", "run", str(source), str(tmp_path / "out")]
-    options = ["--eps", "0.05", "--n-clusters", "3", "--memory", f"{memory}MB", "--json"]
-    run = json.loads(subprocess.run([*command, *options], check=True, capture_output=True).stdout)
+    run = _run(source, tmp_path / "out", "--n-clusters", 3, "--memory", f"{memory}MB")
 
     assert 4 * n_rows * dim > memory * 10**6 + _LIBRARIES, "the data would fit the budget: the test shows nothing"
     assert run["clusters"]["max"] * dim * 4 > memory * 10**6, "no cluster is larger than the budget"
@@ -55,3 +62,37 @@ def test_peak_memory_stays_within_the_budget_with_clusters_larger_than_it(
     assert run["rows"]["duplicates"] == sum(
         len(range(4, (number + 1) * n_rows // _N_FILES - number * n_rows // _N_FILES, 5)) for number in range(_N_FILES)
     )
+
+
+@pytest.mark.slow
+def test_peak_memory_stays_within_the_budget_with_many_small_clusters(tmp_path: Path) -> None:
+    """614 MB of vectors in 256 MB: no cluster is large, but blocks of many sizes come and go on two threads."""
+    rng = np.random.default_rng(0)
+    source = tmp_path / "input"
+    source.mkdir()
+    for number in range(10):
+        column = pa.FixedSizeListArray.from_arrays(pa.array(rng.standard_normal(40_000 * 384, dtype=np.float32)), 384)
+        table = pa.table({"id": [f"row-{number}-{row}" for row in range(40_000)], "embedding": column})
+        pq.write_table(table, source / f"{number}.parquet", compression="none", use_dictionary=False)
+    options = ["--n-clusters", 400, "--memory", "256MB", "--workers", 2, "--kept", "none"]
+    run = _run(source, tmp_path / "out", *options)
+    assert run["clusters"]["max"] * 384 * 4 < 20 * 10**6
+    assert run["rows"]["kept"] == 400_000
+    assert run["peak_memory_bytes"] <= 256 * 10**6 + _LIBRARIES // 2
+
+
+@pytest.mark.slow
+def test_peak_memory_stays_within_the_budget_with_rows_of_which_the_vector_is_the_smallest_part(tmp_path: Path) -> None:
+    """3,000 rows with 300 kB of other data each: 900 MB in 256 MB."""
+    rng = np.random.default_rng(0)
+    source = tmp_path / "input"
+    source.mkdir()
+    for number in range(3):
+        image = pa.array([rng.bytes(300_000) for _ in range(1000)], pa.binary())
+        column = pa.FixedSizeListArray.from_arrays(pa.array(rng.standard_normal(1000 * 64, dtype=np.float32)), 64)
+        table = pa.table({"id": [f"row-{number}-{row}" for row in range(1000)], "embedding": column, "image": image})
+        pq.write_table(table, source / f"{number}.parquet", compression="none", row_group_size=100)
+    run = _run(source, tmp_path / "out", "--memory", "256MB", "--workers", 2)
+    assert run["rows"]["kept"] == 3000
+    assert sum(path.stat().st_size for path in (tmp_path / "out" / "kept").iterdir()) > 9e8
+    assert run["peak_memory_bytes"] <= 256 * 10**6 + _LIBRARIES

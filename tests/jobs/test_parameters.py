@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
+import pyarrow as pa
 import pytest
 
 import untwin
-from untwin.errors import ParameterError
+from inputs import twin_table, write_parquet
+from untwin.errors import ParameterError, TooManyRejectedError
 from untwin.jobs.parameters import parse_bytes
 
 
@@ -18,12 +23,47 @@ from untwin.jobs.parameters import parse_bytes
         ("seed", "1"),
         ("pairwise_batch_size", 10.5),
         ("embedding_dim", "256"),
+        ("embedding_dim", -1),
+        ("workers", "2"),
+        ("workers", 1.5),
+        ("workers", True),
+        ("memory", float("nan")),
+        ("memory", [1]),
+        ("id_field", None),
+        ("id_field", ""),
+        ("embedding_field", 3),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(tmp_path, name, value):
     with pytest.raises(ParameterError, match=f"^{name} is "):
         untwin.deduplicate(tmp_path / "nothing-here", tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    source = write_parquet(tmp_path / "in.parquet", twin_table())
+    plain = {"n_clusters": 3, "seed": 3, "eps": 0.0625, "embedding_dim": 8, "pairwise_batch_size": 5}
+    types = {"eps": np.float32}
+    untwin.deduplicate(source, tmp_path / "plain", **plain)
+    made = {name: types.get(name, np.int64)(value) for name, value in plain.items()}
+    untwin.deduplicate(source, tmp_path / "numpy", **made)
+    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("plain", "numpy")]
+    assert runs[0]["parameters"] == runs[1]["parameters"]
+    assert runs[0]["rows"] == runs[1]["rows"]
+
+
+def test_an_embedding_dim_that_no_file_can_have_is_refused_before_the_work(tmp_path):
+    table = twin_table(embedding_type=pa.list_(pa.float32(), 8))
+    with pytest.raises(ParameterError, match="embedding_dim is 99, but column 'embedding' holds vectors of length 8"):
+        untwin.deduplicate(write_parquet(tmp_path / "in.parquet", table), tmp_path / "out", embedding_dim=99)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_embedding_dim_that_no_row_has_is_named_as_the_cause(tmp_path):
+    """Lists of any length: it takes a look at the rows."""
+    source = write_parquet(tmp_path / "in.parquet", twin_table())
+    with pytest.raises(TooManyRejectedError, match=r"another length than embedding_dim \(99\)"):
+        untwin.deduplicate(source, tmp_path / "out", embedding_dim=99)
 
 
 @pytest.mark.parametrize(

@@ -211,3 +211,19 @@ def test_half_may_be_rejected_but_not_more(tmp_path):
 def test_nothing_that_can_be_judged(tmp_path):
     with pytest.raises(TooManyRejectedError):
         run(tmp_path, [table_of(["a", "b"], [[0.0, 0.0], [float("nan"), 1.0]])])
+
+
+def test_a_container_in_a_url_is_no_password(tmp_path):
+    """`abfs://container@account/...`: rejected rows are told by the whole path, and counted."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    with memory.open("/box@account/in/a.parquet", "wb") as sink:
+        pq.write_table(table_of(["a", "b", "c", "d"], [[1, 0], None, [0, 1], [1, 1]]), sink)
+    try:
+        result = deduplicate("memory://box@account/in/a.parquet", tmp_path / "out", eps=0.05)
+    finally:
+        memory.rm("/box@account", recursive=True)
+    assert (result.n_kept, result.n_rejected) == (3, 1)
+    (row,) = read_folder(tmp_path / "out" / "rejected").to_pylist()
+    assert row["file"] == "memory://box@account/in/a.parquet"

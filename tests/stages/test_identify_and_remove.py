@@ -13,6 +13,8 @@ from untwin.stages.duplicates import IdentifyDuplicatesStage
 from untwin.stages.kmeans import KMeansStage
 from untwin.stages.pairwise import PairwiseStage
 from untwin.stages.removal import RemoveDuplicatesStage
+from untwin.storage.files import Storage
+from untwin.storage.kept import NpyKept, ParquetKept
 
 DIM, EPS = 10, 0.03
 
@@ -145,13 +147,12 @@ def test_another_eps_than_that_of_the_pairwise_results_is_refused_before_the_wor
     stages = [*first_stages(tmp_path, eps=0.1), IdentifyDuplicatesStage(str(tmp_path / "out"), 0.2)]
     with pytest.raises(ParameterError, match=r"eps is 0.2, but the pairwise results were resolved with eps 0.1"):
         Pipeline(stages=stages).run()
-    stages = [*first_stages(tmp_path, eps=None, compare_to="kept"), IdentifyDuplicatesStage(str(tmp_path / "out"), 0.2)]
-    with pytest.raises(ParameterError, match=r"without an eps, so nothing was decided; give it eps=0.2"):
-        Pipeline(stages=stages).run()
     with pytest.raises(ParameterError, match="add a PairwiseStage right before it"):
         Pipeline(stages=[*first_stages(tmp_path)[:1], IdentifyDuplicatesStage(str(tmp_path / "out"), 0.2)]).run()
     with pytest.raises(ParameterError, match="eps"):
         IdentifyDuplicatesStage(str(tmp_path / "out"), 0.0)
+    with pytest.raises(ParameterError, match="output_path is None"):
+        IdentifyDuplicatesStage(None, 0.1)
     with pytest.raises(ParameterError, match="'filters' is not supported"):
         IdentifyDuplicatesStage(str(tmp_path / "out"), 0.1, read_kwargs={"filters": []})
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -319,6 +320,9 @@ def test_removal_mistakes_are_refused_and_nothing_is_written(tmp_path):
         Pipeline(stages=[RemoveDuplicatesStage(str(tmp_path / "in"), str(tmp_path / "kept"))]).run()
     with pytest.raises(ParameterError, match="layout is 'flat'"):
         RemoveDuplicatesStage("in", "kept", layout="flat")
+    for options in ({"input_path": 3}, {"output_path": None}, {"id_field": ""}, {"duplicates_path": 7}):
+        with pytest.raises(ParameterError, match=f"{next(iter(options))} is "):
+            RemoveDuplicatesStage(**{"input_path": "in", "output_path": "kept", **options})
     with pytest.raises(ParameterError, match="'columns' is not supported"):
         RemoveDuplicatesStage("in", "kept", read_kwargs={"columns": []})
     (tmp_path / "kept").mkdir()
@@ -327,3 +331,45 @@ def test_removal_mistakes_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(OutputExistsError, match="kept: holds 'mine' already"):
         remove(tmp_path, tmp_path / "d.parquet")
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine"]
+
+
+def test_rows_with_large_other_columns_are_copied_a_few_at_a_time(tmp_path, monkeypatch):
+    """400 rows of 100 kB, of which the vector is 8 bytes."""
+    sizes = []
+    write = ParquetKept.write
+    monkeypatch.setattr(ParquetKept, "write", lambda self, batch: sizes.append(batch.nbytes) or write(self, batch))
+    rng = np.random.default_rng(0)
+    table = pa.table(
+        {
+            "id": [f"row-{number}" for number in range(400)],
+            "embedding": rng.normal(size=(400, 2)).tolist(),
+            "image": pa.array([rng.bytes(100_000) for _ in range(400)]),
+        }
+    )
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=50)
+    pq.write_table(table.slice(7, 1).select(["id"]), tmp_path / "list.parquet")
+    stage = RemoveDuplicatesStage(
+        str(tmp_path / "in.parquet"), str(tmp_path / "kept"), duplicates_path=str(tmp_path / "list.parquet")
+    )
+    Pipeline(stages=[stage]).run()
+    assert sum(sizes) > 399 * 100_000
+    assert max(sizes) <= 5 << 20
+    kept = pa.concat_tables([pq.read_table(path) for path in sorted((tmp_path / "kept").iterdir())])
+    assert kept.equals(pa.concat_tables([table.slice(0, 7), table.slice(8)]))
+
+
+def test_kept_rows_of_npy_are_written_as_they_come(tmp_path):
+    """They are not held until the file is complete."""
+    vectors = np.arange(400_000, dtype=np.float32).reshape(100_000, 4)
+    metadata = pa.table({"id": np.arange(100_000)})
+    source = str(tmp_path / "img_emb_0.npy")
+    with NpyKept(Storage(), str(tmp_path / "kept" / "part-0"), Storage(), source, 100_000) as writer:
+        for low in range(0, 100_000, 10_000):
+            some = pa.FixedSizeListArray.from_arrays(pa.array(vectors[low : low + 10_000].reshape(-1)), 4)
+            part = metadata.slice(low, 10_000).append_column("embedding", some).combine_chunks()
+            writer.write(part.to_batches()[0])
+            half_written = max(path.stat().st_size for path in (tmp_path / "kept").iterdir())
+            assert half_written >= (low + 10_000) * 16
+        writer.finish()
+    assert np.array_equal(np.load(tmp_path / "kept" / "img_emb_0.npy"), vectors)
+    assert pq.read_table(tmp_path / "kept" / "metadata_0.parquet").equals(metadata)

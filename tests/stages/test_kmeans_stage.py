@@ -218,9 +218,9 @@ def test_input_file_extensions_replace_those_of_the_type(tmp_path):
     assert sorted(kept["id"].to_pylist()) == sorted(ids[:30])
     with pytest.raises(InputNotFoundError, match=r"no \*\.arrow files"):
         run(str(tmp_path / "in"), tmp_path / "k2", 1, input_file_extensions=["arrow"])
-    with pytest.raises(ParameterError, match="input_file_extensions is 'parquet'; it must be a list"):
+    with pytest.raises(ParameterError, match="input_file_extensions is 'parquet'; give a list"):
         KMeansStage(1, "id", "embedding", "in", "out", input_file_extensions="parquet")
-    with pytest.raises(ParameterError, match="metadata_fields is 'duration'; it must be a list"):
+    with pytest.raises(ParameterError, match="metadata_fields is 'duration'; give a list"):
         KMeansStage(1, "id", "embedding", "in", "out", metadata_fields="duration")
 
 
@@ -313,6 +313,36 @@ def test_float16_and_float64_give_the_vectors_that_plain_normalising_gives(tmp_p
         ({"metadata_fields": ["cosine_dist_to_cent"]}, "'cosine_dist_to_cent'"),
         ({"metadata_fields": ["embedding"]}, "'embedding'"),
         ({"metadata_fields": ["_row"]}, "'_row'"),
+        ({"n_clusters": "4"}, "n_clusters is '4'; give a whole number"),
+        ({"n_clusters": 2.5}, "n_clusters is 2.5"),
+        ({"n_clusters": True}, "n_clusters is True"),
+        ({"max_iter": None}, "max_iter is None"),
+        ({"max_iter": 2.5}, "max_iter is 2.5"),
+        ({"tol": None}, "tol is None; give a number"),
+        ({"tol": float("nan")}, "tol is nan"),
+        ({"random_state": None}, "random_state is None"),
+        ({"random_state": -1}, "random_state is -1"),
+        ({"init": [[1.0, 0.0]]}, "init is "),
+        ({"init": np.array(["a"])}, "init is .*2-dimensional"),
+        ({"init": np.eye(2), "n_init": 5}, "n_init is 5; it must be 1 with an array init"),
+        ({"oversampling_factor": "2"}, "oversampling_factor is '2'"),
+        ({"max_samples_per_batch": 2.5}, "max_samples_per_batch is 2.5"),
+        ({"fit_data_fraction": "0.5"}, "fit_data_fraction is '0.5'"),
+        ({"fit_data_fraction": True}, "fit_data_fraction is True"),
+        ({"embedding_dim": "8"}, "embedding_dim is '8'"),
+        ({"input_filetype": ["parquet"]}, "input_filetype is "),
+        ({"input_file_extensions": "parquet"}, "input_file_extensions is 'parquet'; give a list"),
+        ({"metadata_fields": "note"}, "metadata_fields is 'note'; give a list"),
+        ({"metadata_fields": [1]}, "metadata_fields is 1; give a name"),
+        ({"cache_path": 3}, "cache_path is 3; give a path"),
+        ({"id_field": ""}, "id_field is ''; give a name"),
+        ({"embedding_field": None}, "embedding_field is None"),
+        ({"input_path": None}, "input_path is None; give a path, or a list of paths"),
+        ({"input_path": []}, "input_path is "),
+        ({"input_path": [None]}, "input_path is "),
+        ({"output_path": None}, "output_path is None; give a path"),
+        ({"read_kwargs": [1]}, "read_kwargs/write_kwargs is "),
+        ({"write_kwargs": {"storage_options": [1]}}, "storage_options is no dictionary"),
         ({"read_kwargs": {"lines": True}}, "'lines' is not supported; known is 'storage_options'"),
         ({"write_kwargs": {"compression": "zstd", "storage_options": {}}}, "'compression' is not supported"),
     ],
@@ -320,8 +350,24 @@ def test_float16_and_float64_give_the_vectors_that_plain_normalising_gives(tmp_p
 def test_parameters_that_make_no_sense_are_refused_at_once(options, message):
     with pytest.raises(ParameterError, match=message):
         KMeansStage(
-            **{"n_clusters": 2, **options}, id_field="id", embedding_field="embedding", input_path="i", output_path="o"
+            **{
+                **{"n_clusters": 2, "id_field": "id", "embedding_field": "embedding"},
+                **{"input_path": "i", "output_path": "o"},
+                **options,
+            }
         )
+
+
+def test_numbers_of_numpy_are_numbers():
+    stage = KMeansStage(np.int64(3), "id", "embedding", "i", "o", tol=np.float32(0.5), n_init=np.int32(2))
+    assert [type(value) for value in (stage.n_clusters, *stage.fit_options.values())] == [
+        int,
+        str,
+        int,
+        float,
+        int,
+        float,
+    ]
 
 
 def test_mistakes_that_the_input_shows_are_found_before_anything_is_written(tmp_path, source):

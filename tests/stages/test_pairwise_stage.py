@@ -195,13 +195,31 @@ def test_a_second_run_on_the_same_output_changes_nothing(tmp_path):
         ({"which_to_keep": "both"}, "which_to_keep is 'both'"),
         ({"sim_metric": "dot"}, "sim_metric is 'dot'"),
         ({"embedding_dim": 0}, "embedding_dim is 0"),
+        ({"pairwise_batch_size": "3"}, "pairwise_batch_size is '3'; give a whole number"),
+        ({"pairwise_batch_size": 2.5}, "pairwise_batch_size is 2.5"),
+        ({"ranking_strategy": "hard"}, "ranking_strategy is 'hard'; give a RankingStrategy"),
+        ({"random_seed": None, "which_to_keep": "random"}, "random_seed is None"),
+        ({"which_to_keep": ["hard"]}, "which_to_keep is "),
+        ({"compare_to": None}, "compare_to is None"),
+        ({"compare_to": "kept"}, "compare_to is 'kept', but eps is None"),
+        ({"eps": "0.1"}, "eps is '0.1'"),
+        ({"embedding_dim": 8.0}, "embedding_dim is 8.0"),
+        ({"id_field": None}, "id_field is None"),
+        ({"embedding_field": ""}, "embedding_field is ''"),
+        ({"input_path": 3}, "input_path is 3; give a path"),
+        ({"output_path": None}, "output_path is None"),
         ({"read_kwargs": {"columns": ["id"]}}, "'columns' is not supported"),
         ({"write_kwargs": {"compression": "zstd"}}, "'compression' is not supported"),
     ],
 )
 def test_parameters_that_make_no_sense_are_refused_at_once(options, message):
     with pytest.raises(ParameterError, match=message):
-        PairwiseStage("id", "embedding", "kmeans", "pairs", **options)
+        PairwiseStage(
+            **{
+                **{"id_field": "id", "embedding_field": "embedding", "input_path": "kmeans", "output_path": "pairs"},
+                **options,
+            }
+        )
 
 
 def test_embedding_dim_is_checked_against_the_vectors(tmp_path):

@@ -137,6 +137,11 @@ def test_random_is_close_to_uniform():
         ({"metadata_cols": ["x"], "strategy": "random"}, "metadata_cols has no meaning"),
         ({"metadata_cols": ["x", "y"], "ascending": [True]}, "1 values for 2 metadata_cols"),
         ({"metadata_cols": "duration"}, "metadata_cols is 'duration'; give a list"),
+        ({"metadata_cols": None}, "metadata_cols is empty"),
+        ({"metadata_cols": [1]}, "metadata_cols is 1; give a name"),
+        ({"metadata_cols": ["x"], "ascending": [1]}, r"ascending is \[1\]; give True or False"),
+        ({"metadata_cols": ["x"], "ascending": None}, "ascending is None"),
+        ({"strategy": "random", "random_seed": "7"}, "random_seed is '7'"),
     ],
 )
 def test_strategies_that_make_no_sense_are_refused(arguments, message):

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from untwin.errors import MissingExtraError, ParameterError, ResourceError
-from untwin.storage.files import Storage, is_remote, join, normalize_path, read_ahead, redact
+from untwin.storage import files
+from untwin.storage.files import Recording, Storage, is_remote, join, normalize_path, read_ahead, redact
 
 STORAGE = Storage()
 
@@ -69,6 +70,66 @@ def test_a_full_disk_is_explained(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def on_disk(monkeypatch):
+    """Which files were forced to the disk under which content, and in which folders names were."""
+    forced = {}
+    sync = files._sync
+
+    def spy(path):
+        forced[path] = sorted(found.name for found in path.iterdir()) if path.is_dir() else path.read_bytes()
+        sync(path)
+
+    monkeypatch.setattr(files, "_sync", spy)
+    return forced
+
+
+def test_durable_files_of_a_unit_get_their_names_together_once_all_are_on_the_disk(tmp_path, on_disk):
+    paths = [tmp_path / "a" / "x", tmp_path / "a" / "y", tmp_path / "b" / "z"]
+    recording = Recording()
+    with recording.active():
+        for path in paths:
+            write(path, path.name.encode(), durable=True)
+        write(tmp_path / "scratch", b"scratch")
+        assert (tmp_path / "scratch").exists()
+        assert not any(path.exists() for path in paths)
+        assert on_disk == {}
+    assert [path.read_bytes() for path in paths] == [b"x", b"y", b"z"]
+    contents = [content for content in on_disk.values() if isinstance(content, bytes)]
+    assert sorted(contents) == [b"x", b"y", b"z"]
+    assert {path: names for path, names in on_disk.items() if isinstance(names, list)} == {
+        tmp_path / "a": ["x", "y"],
+        tmp_path / "b": ["z"],
+    }
+    assert set(recording.files) == {str(path) for path in (*paths, tmp_path / "scratch")}
+
+
+@pytest.mark.parametrize("when", ["in the unit", "on the way to the disk", "stopped"])
+def test_a_unit_that_fails_gives_none_of_its_durable_files_a_name(tmp_path, monkeypatch, when):
+    stopped = threading.Event()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def unit():
+        with Recording(stopped).active():
+            for name in ("x", "y"):
+                write(tmp_path / name, b"new", durable=True)
+            if when == "in the unit":
+                raise ValueError
+            if when == "stopped":
+                stopped.set()
+            else:
+                monkeypatch.setattr(files, "_sync", full)
+
+    expected = {"in the unit": ValueError, "on the way to the disk": ResourceError, "stopped": KeyboardInterrupt}
+    with pytest.raises(expected[when]) as caught:
+        unit()
+    if when == "on the way to the disk":
+        assert "no space left on the device" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_writers_of_the_same_name_do_not_mix(tmp_path):
     path = tmp_path / "file"
     contents = [bytes([65 + number]) * 300_000 for number in range(8)]
@@ -122,6 +183,7 @@ def test_paths(tmp_path, monkeypatch):
     assert not is_remote("file:///x")
     assert redact("ftp://user:secret@host/x") == "ftp://host/x"
     assert redact("s3://bucket/a@b") == "s3://bucket/a@b"
+    assert redact("abfs://box@account.host/x") == "abfs://box@account.host/x"
 
 
 def test_an_unknown_protocol_and_an_unwritable_option_are_the_users_mistake():

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from untwin.errors import ChangedInputError, DamagedFileError, InputNotFoundError, ParameterError, SchemaError
-from untwin.storage import inputs
+from untwin.storage import inputs, listing
 from untwin.storage.files import Storage
 from untwin.storage.listing import Fields, Listing, list_inputs
 from untwin.storage.rows import read_rows
@@ -278,6 +278,47 @@ def test_a_line_that_is_not_json_names_its_row(tmp_path):
         all_rows(listing)
 
 
+def late(number, at, early, then):
+    return early if number < at else then
+
+
+@pytest.mark.parametrize("at", [0, 99, 100, 150, 249, 250])
+@pytest.mark.parametrize(
+    "changing",
+    [
+        lambda number, at: {"id": late(number, at, None, "x")},
+        lambda number, at: {"n": late(number, at, 1, 0.5)},
+        lambda number, at: {"n": late(number, at, None, [1])},
+        lambda number, at: {"embedding": late(number, at, [1, 2], [0.5, 1.5])},
+        lambda number, at: {"embedding": late(number, at, [], [0.5, 1.5])},
+        lambda number, at: {"embedding": late(number, at, None, [1, 2])},
+        lambda number, at: {} if number < at else {"n": 3},
+    ],
+)
+@pytest.mark.parametrize("n_lines", [100, 250])
+def test_json_columns_beside_one_of_mixed_types_do_not_depend_on_the_lines_seen_first(
+    monkeypatch, changing, at, n_lines
+):
+    rows = [{"id": f"{number}", "embedding": [1.0, 2.0], **changing(number, at)} for number in range(n_lines)]
+    lines = [json.dumps({**row, "mixed": [number, "text"][number % 2]}).encode() for number, row in enumerate(rows)]
+    found = inputs._parse_lines(lines, ["id", "embedding", "n"])
+    monkeypatch.setattr(inputs, "_INFERRED_LINES", 10**6)
+    assert found.equals(inputs._parse_lines(lines, ["id", "embedding", "n"]))
+    wanted = [{"n": None, **row} for row in rows]
+    assert found.select(["embedding", "id", "n"]).to_pylist() == [
+        {name: row[name] for name in ("embedding", "id", "n")} for row in wanted
+    ]
+
+
+def test_json_lines_are_looked_at_by_hand_a_few_only(monkeypatch):
+    lines = [json.dumps({"id": f"{n}", "embedding": [1.0], "mixed": [n, "text"][n % 2]}).encode() for n in range(5000)]
+    looked_at = []
+    loads = json.loads
+    monkeypatch.setattr(inputs.json, "loads", lambda line: looked_at.append(line) or loads(line))
+    assert inputs._parse_lines(lines, ["id", "embedding"])["id"].to_pylist() == [f"{n}" for n in range(5000)]
+    assert 0 < len(looked_at) <= 100
+
+
 def test_arrays_and_their_metadata_are_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "_CHUNK_BYTES", 40)
     X = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float16)
@@ -315,3 +356,17 @@ def test_arrays_that_do_not_fit_their_metadata_are_named(tmp_path):
     np.save(tmp_path / "img_emb_0.npy", np.array([{"evil": 1}], dtype=object), allow_pickle=True)
     with pytest.raises((SchemaError, DamagedFileError), match=r"img_emb_0.npy"):
         list_inputs(STORAGE, [str(tmp_path)], FIELDS, filetype="npy")
+
+
+def test_files_of_equal_columns_share_one_schema_object(tmp_path, monkeypatch):
+    """A million schemas would be gigabytes."""
+    seen = []
+    check = listing._check_schemas
+    monkeypatch.setattr(listing, "_check_schemas", lambda facts, *rest: seen.extend(facts) or check(facts, *rest))
+    for number in range(20):
+        kind = pa.float32() if number < 15 else pa.float64()
+        table = pa.table({"id": [f"{number}"], "embedding": pa.array([[1.0, 2.0]], pa.list_(kind))})
+        pq.write_table(table, tmp_path / f"{number:02}.parquet")
+    list_inputs(STORAGE, [str(tmp_path)], FIELDS)
+    assert len({id(fact.schema) for fact in seen[:15]}) == len({id(fact.schema) for fact in seen[15:]}) == 1
+    assert not seen[0].schema.equals(seen[15].schema)

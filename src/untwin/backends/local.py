@@ -168,7 +168,7 @@ class _Chain:
         self._ledger = ledger
         self._stopped = stopped
         self.results: list[list[Task]] = [[] for _ in stages]
-        self._seconds = [0.0] * len(stages)
+        self._seconds: list[list[float]] = [[] for _ in stages]
         self.splittable = all(stage.splittable for stage in stages)
         self._trim = _memory_trimmer()
 
@@ -183,8 +183,8 @@ class _Chain:
 
     def share(self, index: int) -> float:
         """The share of the chain's time that one of its stages took."""
-        total = sum(self._seconds)
-        return self._seconds[index] / total if total else 1.0 / len(self.stages)
+        total = sum(map(sum, self._seconds))
+        return sum(self._seconds[index]) / total if total else 1.0 / len(self.stages)
 
     def results_of(self, index: int) -> tuple[Task, ...]:
         """What came out of one of the stages, in unit order."""
@@ -225,7 +225,7 @@ class _Chain:
             except Exception as error:
                 error.add_note(f"in stage {stage.name}, unit {unit.unit}")
                 raise
-            self._seconds[index] += time.perf_counter() - started
+            self._seconds[index].append(time.perf_counter() - started)
             tasks.append(task)
         return tasks
 

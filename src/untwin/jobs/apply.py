@@ -16,12 +16,19 @@ from untwin.core import threshold
 from untwin.errors import OutputExistsError, ParameterError, ResultMismatchError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
-from untwin.jobs.record import collect, eps_table, now, package_versions, peak_memory, result_files, stage_table
+from untwin.jobs.record import (
+    collect,
+    eps_table,
+    now,
+    package_versions,
+    peak_memory,
+    resources,
+    result_files,
+    stage_table,
+)
 from untwin.jobs.result import RunResult
-from untwin.jobs.run import make_executor, parameters_of, removal_stage
+from untwin.jobs.run import SIDE_BYTES, answer_stages, check_disk, kept_bytes, make_executor, parameters_of
 from untwin.pipeline import Pipeline
-from untwin.stages.duplicates import IdentifyDuplicatesStage
-from untwin.stages.pairwise import PairwiseStage
 from untwin.stages.tasks import ClustersTask, DuplicatesTask, PairsTask
 from untwin.storage.files import Storage, normalize_path, redact
 from untwin.storage.listing import Listing
@@ -76,6 +83,10 @@ def apply(
     done, _ = _existing(folder, run, parameters.answer())
     if done is not None:
         return RunResult.from_run(folder, done)
+    if "applied_to" in run:
+        raise ParameterError(
+            f"{redact(run_folder.path)}: is an answer for the run in {run['applied_to']['path']}; give that folder"
+        )
     if not storage.names(run_folder.file("kmeans")):
         raise ParameterError(
             f"{redact(run_folder.path)}: has no kmeans/ any more (drop_intermediate), so rows cannot be compared; "
@@ -84,6 +95,7 @@ def apply(
     listing = Listing.read(storage, run_folder.listing_path)
     if parameters.kept != "none":
         listing.check_unchanged(storage)
+    check_disk(folder, kept_bytes(parameters, listing) + 2 * SIDE_BYTES * listing.n_rows)
     with locked(storage, folder.path):
         done, begun = _existing(folder, run, parameters.answer())
         if done is not None:
@@ -107,30 +119,12 @@ def _execute(
 ) -> RunResult:
     started = time.perf_counter()
     storage = folder.storage
-    eps = parameters.eps
-    assert eps is not None
-    kwargs = {"storage_options": dict(storage.options)}
-    pairwise = PairwiseStage(
-        id_field=parameters.id_field,
-        embedding_field=parameters.embedding_field,
-        input_path=run_folder.file("kmeans"),
-        output_path=folder.file("pairwise"),
-        ranking_strategy=parameters.ranking(),
-        read_kwargs=kwargs,
-        write_kwargs=kwargs,
-        compare_to=parameters.compare_to,
-        eps=eps,
-    )
     made = Ledger(storage, run_folder.path)
     made.load(check=False)
-    pairwise.clusters = [task for task in made.tasks_of(ClustersTask) if task.clusters]
-    identify = IdentifyDuplicatesStage(folder.path, eps, read_kwargs=kwargs, write_kwargs=kwargs)
-    identify.n_input_rows = listing.n_rows
-    stages: list[Any] = [pairwise, identify]
-    if parameters.kept != "none":
-        stages.append(removal_stage(parameters, listing, folder))
+    clusters = [task for task in made.tasks_of(ClustersTask) if task.clusters]
+    stages = answer_stages(parameters, listing, run_folder.file("kmeans"), folder, clusters)
     outcome = Pipeline("untwin apply", stages=stages).run(executor, progress, ledger)
-    if run_folder.read_run() != run:
+    if (run_folder.read_run() or {}).get("finished") != run["finished"]:
         raise OutputExistsError(f"{redact(run_folder.path)}: another run began there; this answer is of no use")
     (found,) = collect(outcome, DuplicatesTask)
     expected = listing.n_rows - run["rows"]["rejected"]
@@ -151,7 +145,7 @@ def _execute(
         "duplicates": found.n_duplicates,
         "groups": found.n_groups,
     }
-    record["resources"] = {"backend": "local", "workers": executor.workers, "memory_bytes": executor.memory}
+    record["resources"] = resources(executor)
     record["stages"] = stage_table(outcome)
     record["eps_table"] = eps_table(collect(outcome, PairsTask), parameters, found.n_duplicates)
     record["files"] = {**run["files"], "duplicates": result_files(outcome, folder)["duplicates"]}

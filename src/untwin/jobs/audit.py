@@ -13,6 +13,7 @@ from untwin.jobs.recall import MAX_SAMPLE, MIN_NEIGHBOURS, measure_recall
 from untwin.jobs.result import RunResult
 from untwin.jobs.run import make_executor
 from untwin.storage.files import Storage, normalize_path
+from untwin.storage.lock import locked
 
 
 def audit(
@@ -50,21 +51,24 @@ def audit(
         The run, with its `audit`. An earlier audit is replaced; nothing else in the folder changes.
 
     Raises:
+        OutputInUseError: A run, or another audit, works there.
         UntwinError: No finished run there, its clusters are not there any more, or a parameter makes no sense.
     """
     storage = Storage(dict(storage_options or {}))
     executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory))
     folder = OutputFolder(storage, normalize_path(os.fspath(output_path)))
-    run = folder.require_run()
-    run["audit"] = measure_recall(
-        folder,
-        run,
-        executor,
-        eps=eps,
-        seed=seed,
-        min_neighbours=min_neighbours,
-        max_sample=max_sample,
-        progress=progress,
-    )
-    storage.write_json(folder.run_path, run)
+    folder.require_run()
+    with locked(storage, folder.path):
+        run = folder.require_run()
+        run["audit"] = measure_recall(
+            folder,
+            run,
+            executor,
+            eps=eps,
+            seed=seed,
+            min_neighbours=min_neighbours,
+            max_sample=max_sample,
+            progress=progress,
+        )
+        storage.write_json(folder.run_path, run)
     return RunResult.from_run(folder, run)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from untwin.core import threshold
 from untwin.errors import ParameterError
+from untwin.stages import checks
 from untwin.stages.ranking import RankingStrategy
 from untwin.storage.files import normalize_path, redact
 
@@ -75,32 +75,24 @@ class RunParameters:
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the input."""
-        for name in ("n_clusters", "embedding_dim", "pairwise_batch_size", "seed"):
+        for name, least in (("n_clusters", 1), ("embedding_dim", 1), ("pairwise_batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
-                raise ParameterError(f"{name} is {value!r}; give a whole number")
             # plain Python numbers: those of NumPy cannot be written as JSON
-            object.__setattr__(self, name, None if value is None else int(value))
+            none = value is None and name in ("n_clusters", "embedding_dim")
+            object.__setattr__(self, name, None if none else checks.whole(name, value, least))
         if self.eps is not None:
             threshold(self.eps)
             object.__setattr__(self, "eps", float(self.eps))
-        for name in ("id_field", "embedding_field", "output"):
-            if not isinstance(getattr(self, name), str) or (name != "output" and not getattr(self, name)):
-                raise ParameterError(f"{name} is {getattr(self, name)!r}; give a name")
-        if self.embedding_dim is not None and self.embedding_dim < 1:
-            raise ParameterError(f"embedding_dim is {self.embedding_dim}; it must be at least 1")
-        _one_of("which_to_keep", self.which_to_keep, ("hard", "easy", "random"))
-        _one_of("compare_to", self.compare_to, ("kept", "ranked"))
-        _one_of("kept", self.kept, ("compact", "mirror", "none"))
-        _one_of("on_repeated_id", self.on_repeated_id, ("error", "first"))
-        if self.n_clusters is not None and self.n_clusters < 1:
-            raise ParameterError(f"n_clusters is {self.n_clusters}; it must be at least 1, or auto")
+        checks.text("id_field", self.id_field)
+        checks.text("embedding_field", self.embedding_field)
+        checks.one_of("which_to_keep", self.which_to_keep, ("hard", "easy", "random"))
+        checks.one_of("compare_to", self.compare_to, ("kept", "ranked"))
+        checks.one_of("kept", self.kept, ("compact", "mirror", "none"))
+        checks.one_of("on_repeated_id", self.on_repeated_id, ("error", "first"))
         if self.drop_intermediate and self.eps is None:
             raise ParameterError(
                 "drop_intermediate without eps would leave nothing; give an eps, or keep the intermediate files"
             )
-        if self.seed < 0:
-            raise ParameterError(f"seed is {self.seed}; it must not be negative")
         self.ranking()
 
     def ranking(self) -> RankingStrategy:
@@ -137,11 +129,6 @@ class RunParameters:
             "kept": self.kept,
             "drop_intermediate": self.drop_intermediate,
         }
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ParameterError(f"{name} is {value!r}; it must be {' or '.join(map(repr, known))}")
 
 
 def parse_rank_by(text: str) -> tuple[list[str], list[bool]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
 import posixpath
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from untwin.errors import ParameterError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.record import collect, now
 from untwin.pipeline import Pipeline
+from untwin.stages import checks
 from untwin.stages.audit import (
     Audit,
     AuditCompareStage,
@@ -71,12 +71,9 @@ def measure_recall(
     sizing = eps if eps is not None else in_force if in_force is not None else _EPS
     threshold(sizing)
     sizing = float(sizing)
-    seed = run["parameters"]["seed"] if seed is None else seed
-    for name, value, least in (("seed", seed, 0), ("min_neighbours", min_neighbours, 1), ("max_sample", max_sample, 1)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-            raise ParameterError(f"{name} is {value!r}; give a whole number, at least {least}")
+    seed = checks.whole("seed", run["parameters"]["seed"] if seed is None else seed, 0)
+    min_neighbours, max_sample = checks.whole("min_neighbours", min_neighbours), checks.whole("max_sample", max_sample)
     grid = tuple(sorted({*EPS_GRID, sizing, *([] if in_force is None else [in_force])}))
-    seed, min_neighbours, max_sample = int(seed), int(min_neighbours), int(max_sample)
     asked = {"eps": sizing, "seed": seed, "min_neighbours": min_neighbours, "max_sample": max_sample}
     started = time.perf_counter()
     n_rows = run["rows"]["input"] - run["rows"]["rejected"]

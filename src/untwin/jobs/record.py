@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 import untwin
 from untwin.backends.base import Outcome
+from untwin.backends.local import LocalExecutor
 from untwin.core import EPS_GRID
 from untwin.errors import ResultMismatchError
 from untwin.jobs.output import FORMAT_VERSION, OutputFolder
@@ -62,6 +63,11 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resources(executor: LocalExecutor) -> dict[str, Any]:
+    """What the work was done with."""
+    return {"backend": "local", "workers": executor.workers, "memory_bytes": executor.memory}
 
 
 def now() -> str:

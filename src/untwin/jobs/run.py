@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from untwin.backends.base import Progress
 from untwin.backends.ledger import Ledger
@@ -15,14 +17,21 @@ from untwin.errors import OutputExistsError, ParameterError, ResourceError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
 from untwin.jobs.recall import measure_recall
-from untwin.jobs.record import check_every_row, describe_input, now, result_files, run_record
+from untwin.jobs.record import check_every_row, describe_input, now, resources, result_files, run_record
 from untwin.jobs.result import RunResult
 from untwin.pipeline import Pipeline
 from untwin.plan import Plan, make_plan
+from untwin.stages import checks
+from untwin.stages.assign import AssignStage
+from untwin.stages.base import CompositeStage, Stage, Task
 from untwin.stages.duplicates import IdentifyDuplicatesStage
+from untwin.stages.fit import FitStage
 from untwin.stages.kmeans import KMeansStage
 from untwin.stages.pairwise import PairwiseStage
 from untwin.stages.removal import RemoveDuplicatesStage
+from untwin.stages.repeats import RepeatsStage
+from untwin.stages.sample import SampleStage
+from untwin.stages.tasks import Cluster, ClustersTask
 from untwin.storage.files import Storage, normalize_path, real_path, redact
 from untwin.storage.listing import Fields, Listing, list_inputs
 from untwin.storage.lock import check_unlocked, locked
@@ -30,7 +39,10 @@ from untwin.storage.lock import check_unlocked, locked
 CHECKED = "check"
 """Noted in the ledger once every row was found to be kept, duplicate or rejected."""
 _MAX_ITER = 20
-_SIDE_BYTES = 150
+_UNIT_SPREAD = 1.12
+"""Clusters are grouped into units by an estimate of their rows; a unit can have so many times the rows it aims at."""
+SIDE_BYTES = 150
+"""Of a row's id, metadata and results, on the disk."""
 BACKENDS = ("local",)
 
 
@@ -59,9 +71,9 @@ class PreparedRun:
     @property
     def disk_bytes(self) -> int:
         """Bytes that the output takes at its largest: vectors twice, then vectors and the rows that stay."""
-        vectors = self.plan.vector_bytes + _SIDE_BYTES * self.plan.n_rows
-        kept = self.listing.n_bytes if self.parameters.eps is not None and self.parameters.kept != "none" else 0
-        return vectors + max(vectors, kept) + _SIDE_BYTES * self.plan.n_rows
+        vectors = self.plan.vector_bytes + SIDE_BYTES * self.plan.n_rows
+        kept = kept_bytes(self.parameters, self.listing)
+        return vectors + max(vectors, kept) + SIDE_BYTES * self.plan.n_rows
 
     @property
     def summary(self) -> str:
@@ -79,25 +91,35 @@ class PreparedRun:
 
     def check(self) -> None:
         """Raise ResourceError if the disk or the memory budget is too small."""
-        free = self.folder.storage.free_bytes(self.folder.path)
-        if free is not None and free < self.disk_bytes:
+        check_disk(self.folder, self.disk_bytes)
+        if self.executor.memory < self.least_memory:
             raise ResourceError(
-                f"{redact(self.folder.path)}: the run takes up to {show_bytes(self.disk_bytes)} of disk, but only "
-                f"{show_bytes(free)} are free; make room or choose another disk"
+                f"memory is {show_bytes(self.executor.memory)}; this input needs at least "
+                f"{show_bytes(self.least_memory)} for one unit of work; raise --memory"
             )
+
+    @property
+    def least_memory(self) -> int:
+        """Bytes without which some unit cannot work."""
+        return max(stage.minimum_memory(unit) for stage, unit in self._largest_units())
+
+    def _largest_units(self) -> Iterator[tuple[Stage, Task]]:
+        """Each stage with its largest unit, so far as it is known before the work: a giant cluster can be larger."""
         plan = self.plan
-        # what the stages ask for, so far as it is known before the work; a giant cluster can need more
-        least = max(
-            int(2.8 * min(plan.unit_bytes, plan.vector_bytes)) + (64 << 20),
-            100 << 20,
-            120 * (plan.n_rows // plan.id_partitions) + (20 << 20),
-            24 * plan.dim * plan.n_clusters + 40 * plan.sample_rows + (32 << 20),
-        )
-        if self.executor.memory < least:
-            raise ResourceError(
-                f"memory is {show_bytes(self.executor.memory)}; this input needs at least {show_bytes(least)} "
-                "for one unit of work; raise --memory"
-            )
+        largest_input = int(np.diff(self.listing.groups().starts[list(plan.input_units)]).max())
+        known: dict[type[Stage], Task] = {
+            SampleStage: Task(0, largest_input),
+            FitStage: Task(0, plan.sample_rows),
+            AssignStage: Task(0, largest_input),
+            RepeatsStage: Task(0, plan.n_rows // plan.id_partitions),
+        }
+        size = plan.n_rows // plan.n_clusters
+        n_rows = plan.n_rows if plan.n_clusters == 1 else min(plan.n_rows, int(_UNIT_SPREAD * plan.unit_rows))
+        clusters = tuple(Cluster(number, size, ()) for number in range(min(2, plan.n_clusters)))
+        group = ClustersTask(0, n_rows, plan.dim, clusters)
+        for step in self.stages():
+            for stage in step.stages() if isinstance(step, CompositeStage) else [step]:
+                yield stage, known.get(type(stage), group)
 
     def execute(self, progress: Progress | None = None) -> RunResult:
         """Do the work, or what is left of it; or give back the result that is there.
@@ -126,14 +148,7 @@ class PreparedRun:
     def _execute(self, ledger: Ledger, progress: Progress | None) -> RunResult:
         started = time.perf_counter()
         parameters, folder = self.parameters, self.folder
-        kmeans, pairwise = self.stages()
-        stages: list[Any] = [kmeans, pairwise]
-        kwargs = {"storage_options": dict(parameters.storage_options)}
-        if parameters.eps is not None:
-            stages.append(IdentifyDuplicatesStage(folder.path, parameters.eps, read_kwargs=kwargs, write_kwargs=kwargs))
-            if parameters.kept != "none":
-                stages.append(removal_stage(parameters, self.listing, folder))
-        outcome = Pipeline("untwin run", stages=stages).run(self.executor, progress, ledger)
+        outcome = Pipeline("untwin run", stages=self.stages()).run(self.executor, progress, ledger)
         intermediate = [] if parameters.audit else self._intermediate
         if ledger.finished(CHECKED) is None:
             check_every_row(outcome, self.listing, folder)
@@ -145,11 +160,7 @@ class PreparedRun:
             self.listing,
             outcome,
             n_clusters=self.plan.n_clusters,
-            resources={
-                "backend": "local",
-                "workers": self.executor.workers,
-                "memory_bytes": self.executor.memory,
-            },
+            resources=resources(self.executor),
         )
         record["files"] = result_files(outcome, folder)
         record["seconds"] = round(time.perf_counter() - started, 3)
@@ -179,10 +190,9 @@ class PreparedRun:
                 folder.storage.remove(path)
         return RunResult.from_run(folder, record)
 
-    def stages(self) -> tuple[KMeansStage, PairwiseStage]:
-        """The first two steps, with the parameters of this run."""
+    def stages(self) -> list[Stage | CompositeStage]:
+        """All steps, with the parameters of this run."""
         parameters, folder = self.parameters, self.folder
-        kwargs = {"storage_options": dict(parameters.storage_options)}
         kmeans = KMeansStage(
             n_clusters=self.plan.n_clusters,
             id_field=parameters.id_field,
@@ -192,8 +202,7 @@ class PreparedRun:
             metadata_fields=parameters.carried_fields,
             embedding_dim=parameters.embedding_dim,
             input_filetype=parameters.input_filetype,
-            read_kwargs=kwargs,
-            write_kwargs=kwargs,
+            **_storage_kwargs(parameters),
             max_iter=_MAX_ITER,
             random_state=parameters.seed,
             init="random",
@@ -201,35 +210,75 @@ class PreparedRun:
         )
         kmeans.rejected_path = folder.file("rejected")
         kmeans.prepare(self.listing, self.plan)
-        pairwise = PairwiseStage(
-            id_field=parameters.id_field,
-            embedding_field=parameters.embedding_field,
-            input_path=folder.file("kmeans"),
-            output_path=folder.file("pairwise"),
-            ranking_strategy=parameters.ranking(),
-            pairwise_batch_size=parameters.pairwise_batch_size,
-            read_kwargs=kwargs,
-            write_kwargs=kwargs,
-            compare_to=parameters.compare_to,
-            eps=parameters.eps,
-        )
-        return kmeans, pairwise
+        return [kmeans, *answer_stages(parameters, self.listing, folder.file("kmeans"), folder)]
 
 
-def removal_stage(parameters: RunParameters, listing: Listing, folder: OutputFolder) -> RemoveDuplicatesStage:
-    """The stage that writes `kept/`, reading the files of a listing."""
-    kwargs = {"storage_options": dict(parameters.storage_options)}
-    stage = RemoveDuplicatesStage(
+def answer_stages(
+    parameters: RunParameters,
+    listing: Listing,
+    clusters_path: str,
+    folder: OutputFolder,
+    clusters: Sequence[ClustersTask] | None = None,
+) -> list[Stage | CompositeStage]:
+    """The steps from clusters to the answer.
+
+    Args:
+        parameters: Of the run; without eps there is nothing after the comparison.
+        listing: The input.
+        clusters_path: The `kmeans/` folder.
+        folder: Where the answer goes.
+        clusters: The clusters, where no stage before these tells.
+    """
+    kwargs = _storage_kwargs(parameters)
+    pairwise = PairwiseStage(
+        id_field=parameters.id_field,
+        embedding_field=parameters.embedding_field,
+        input_path=clusters_path,
+        output_path=folder.file("pairwise"),
+        ranking_strategy=parameters.ranking(),
+        pairwise_batch_size=parameters.pairwise_batch_size,
+        # without eps nothing is decided: the scores are those against every better-ranked row
+        compare_to="ranked" if parameters.eps is None else parameters.compare_to,
+        eps=parameters.eps,
+        **kwargs,
+    )
+    pairwise.clusters = clusters
+    if parameters.eps is None:
+        return [pairwise]
+    identify = IdentifyDuplicatesStage(folder.path, parameters.eps, **kwargs)
+    identify.n_input_rows = listing.n_rows
+    if parameters.kept == "none":
+        return [pairwise, identify]
+    remove = RemoveDuplicatesStage(
         input_path=list(parameters.inputs),
         output_path=folder.file("kept"),
         id_field=parameters.id_field,
-        layout="mirror" if parameters.kept == "mirror" else "compact",
+        layout=parameters.kept,
         input_filetype=parameters.input_filetype,
-        read_kwargs=kwargs,
-        write_kwargs=kwargs,
+        **kwargs,
     )
-    stage.listing = listing
-    return stage
+    remove.listing = listing
+    return [pairwise, identify, remove]
+
+
+def _storage_kwargs(parameters: RunParameters) -> dict[str, Any]:
+    both = {"storage_options": dict(parameters.storage_options)}
+    return {"read_kwargs": both, "write_kwargs": both}
+
+
+def check_disk(folder: OutputFolder, needed: int) -> None:
+    """Raise ResourceError if a folder's disk has less free space than is needed, UntwinError if it is read-only."""
+    free = folder.storage.free_bytes(folder.path)
+    if free is not None and free < needed:
+        raise ResourceError(
+            f"{redact(folder.path)}: the run takes up to {show_bytes(needed)} of disk, but only "
+            f"{show_bytes(free)} are free; make room or choose another disk"
+        )
+
+
+def kept_bytes(parameters: RunParameters, listing: Listing) -> int:
+    """Bytes that `kept/` takes at most."""
+    return listing.n_bytes if parameters.eps is not None and parameters.kept != "none" else 0
 
 
 def show_bytes(size: int) -> str:
@@ -294,7 +343,6 @@ def prepare(parameters: RunParameters, executor: LocalExecutor, *, overwrite: bo
     done = RunResult.from_run(folder, run) if run is not None else None
     prepared = PreparedRun(parameters, listing, plan, folder, executor, done, overwrite)
     if done is None:
-        prepared.stages()
         prepared.check()
     return prepared
 
@@ -362,15 +410,15 @@ def deduplicate(
     if isinstance(n_clusters, str) and n_clusters != "auto":
         raise ParameterError(f"n_clusters is {n_clusters!r}; it must be a number or 'auto'")
     parameters = RunParameters(
-        inputs=(os.fspath(input_path),)
-        if isinstance(input_path, str | os.PathLike)
-        else tuple(os.fspath(path) for path in input_path),
-        output=os.fspath(output_path),
+        inputs=tuple(checks.paths("input_path", input_path)),
+        output=checks.path("output_path", output_path),
         eps=eps,
         n_clusters=None if isinstance(n_clusters, str) else n_clusters,
         id_field=id_field,
         embedding_field=embedding_field,
-        metadata_fields=(metadata_fields,) if isinstance(metadata_fields, str) else tuple(metadata_fields),
+        metadata_fields=(metadata_fields,)
+        if isinstance(metadata_fields, str)
+        else checks.texts("metadata_fields", metadata_fields),
         which_to_keep=which_to_keep,
         rank_by=rank_by,
         compare_to=compare_to,

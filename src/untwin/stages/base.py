@@ -139,8 +139,12 @@ def storage_of(kwargs: dict[str, Any] | None) -> Storage:
     Raises:
         ParameterError: An unknown key.
     """
+    if not isinstance(kwargs, dict | None):
+        raise ParameterError(f"read_kwargs/write_kwargs is {kwargs!r}; give a dictionary")
     known = dict(kwargs or {})
     options = known.pop("storage_options", None) or {}
+    if not isinstance(options, dict):
+        raise ParameterError("storage_options is no dictionary; give one such as {'anon': True}")
     if known:
         raise ParameterError(
             f"read_kwargs/write_kwargs: {', '.join(map(repr, known))} is not supported; known is 'storage_options'"

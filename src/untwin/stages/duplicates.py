@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from untwin.core import is_duplicate, threshold
 from untwin.errors import OutputExistsError, ParameterError
+from untwin.stages import checks
 from untwin.stages.base import CompositeStage, Context, Stage, Task, Upstream, storage_of
 from untwin.stages.pairwise import PairwiseStage, result_facts
 from untwin.stages.tasks import CentroidsTask, DuplicatesTask, PairsTask, SelectedTask
@@ -49,8 +50,8 @@ class IdentifyDuplicatesStage(CompositeStage):
         write_kwargs: dict[str, Any] | None = None,
     ) -> None:
         threshold(eps)
-        self.output_path = normalize_path(output_path)
-        self.eps = eps
+        self.output_path = normalize_path(checks.path("output_path", output_path))
+        self.eps = float(eps)
         self.verbose = verbose
         self.source = storage_of(read_kwargs)
         self.target = storage_of(write_kwargs)
@@ -91,7 +92,7 @@ class _SelectStage(Stage):
             raise ParameterError(
                 "IdentifyDuplicatesStage has no pairwise results to read; add a PairwiseStage right before it"
             )
-        _check_eps(self._eps, before[-1].eps, before[-1].compare_to)
+        _check_eps(self._eps, before[-1].eps)
 
     def units(self, upstream: Upstream) -> Sequence[Task]:
         """The units of the pairwise stage."""
@@ -130,7 +131,7 @@ class _SelectStage(Stage):
             table = pq.read_table(source, use_threads=False, partitioning=None)
         scores = table["cosine_sim_score"].to_numpy()
         made_with = facts.get("eps")
-        _check_eps(self._eps, made_with, facts.get("compare_to"))
+        _check_eps(self._eps, made_with)
         if made_with is None:
             # similarities only: a row is a duplicate of *any* better-ranked row, and its witness is not known
             table = table.select(["id"])
@@ -145,11 +146,7 @@ class _SelectStage(Stage):
         return table, removed
 
 
-def _check_eps(eps: float, made_with: float | None, compare_to: str | None) -> None:
-    if made_with is None and compare_to == "kept":
-        raise ParameterError(
-            f"PairwiseStage compared to kept rows without an eps, so nothing was decided; give it eps={eps}"
-        )
+def _check_eps(eps: float, made_with: float | None) -> None:
     if made_with is not None and threshold(made_with) != threshold(eps):
         raise ParameterError(
             f"eps is {eps}, but the pairwise results were resolved with eps {made_with}; give PairwiseStage the same"

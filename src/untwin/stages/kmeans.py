@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from untwin.errors import ParameterError
 from untwin.plan import Plan, make_plan
+from untwin.stages import checks
 from untwin.stages.assign import AssignStage
 from untwin.stages.base import CompositeStage, Stage, require_empty, storage_of
 from untwin.stages.clustering import Clustering
@@ -20,6 +20,7 @@ from untwin.stages.gather import GatherStage
 from untwin.stages.repeats import RepeatsStage
 from untwin.stages.sample import SampleStage
 from untwin.storage.files import join, normalize_path
+from untwin.storage.inputs import FORMATS
 from untwin.storage.listing import Fields, Listing, list_inputs
 
 
@@ -45,7 +46,7 @@ class KMeansStage(CompositeStage):
         tol: Stop when the squared shifts of the centroids add up to less than `tol` times the mean variance.
         random_state: Seed of the sample and of the start.
         init: `k-means||` (Bahmani et al. 2012), `random`, or a (n_clusters, dim) array of first centroids.
-        n_init: Runs from different starts, of which the best counts; "auto" and None mean 1.
+        n_init: Runs from different starts, of which the best counts; "auto" and None mean 1, as an array `init` does.
         oversampling_factor: Candidates a round of `k-means||`, as a multiple of `n_clusters` (2.0 if not given).
         max_samples_per_batch: Most rows that are assigned at a time; never changes the result.
         fit_data_fraction: Share of the rows to fit on, in (0, 1]; None means all rows.
@@ -81,50 +82,53 @@ class KMeansStage(CompositeStage):
         cache_path: str | None = None,
         on_repeated_id: str = "error",
     ) -> None:
-        _check(n_clusters is None or n_clusters >= 1, "n_clusters", n_clusters, "must be at least 1")
-        _check(max_iter >= 1, "max_iter", max_iter, "must be at least 1")
-        _check(tol >= 0, "tol", tol, "must not be negative")
+        self.n_clusters = None if n_clusters is None else checks.whole("n_clusters", n_clusters)
+        self.embedding_dim = None if embedding_dim is None else checks.whole("embedding_dim", embedding_dim)
+        self.max_samples_per_batch = checks.whole("max_samples_per_batch", max_samples_per_batch)
+        self.random_state = checks.whole("random_state", random_state, 0)
+        self.on_repeated_id = checks.one_of("on_repeated_id", on_repeated_id, ("error", "first"))
+        self.input_filetype = checks.one_of("input_filetype", input_filetype, tuple(FORMATS))
+        self.fit_data_fraction = None
+        if fit_data_fraction is not None:
+            self.fit_data_fraction = checks.number("fit_data_fraction", fit_data_fraction)
+            _check(0 < self.fit_data_fraction <= 1, "fit_data_fraction", fit_data_fraction, "must be in (0, 1]")
+        _check(checks.number("tol", tol) >= 0, "tol", tol, "must not be negative")
+        if isinstance(init, np.ndarray):
+            _check(
+                init.ndim == 2 and init.dtype.kind in "fiu", "init", init, "must be a 2-dimensional array of numbers"
+            )
+        else:
+            _check(
+                isinstance(init, str) and init in ("k-means||", "random"),
+                "init",
+                init,
+                "must be 'k-means||', 'random' or an array of centroids",
+            )
+        n_runs = 1 if n_init is None or n_init == "auto" else checks.whole("n_init", n_init)
         _check(
-            isinstance(init, np.ndarray) or init in ("k-means||", "random"),
-            "init",
-            init,
-            "must be 'k-means||', 'random' or an array of centroids",
-        )
-        _check(
-            n_init in (None, "auto") or (isinstance(n_init, int) and n_init >= 1),
+            n_runs == 1 or isinstance(init, str),
             "n_init",
             n_init,
-            "must be at least 1",
+            "must be 1 with an array init: all runs would be the same",
         )
-        _check(
-            oversampling_factor is None or oversampling_factor > 0,
-            "oversampling_factor",
-            oversampling_factor,
-            "must be positive",
+        if oversampling_factor is not None:
+            _check(
+                checks.number("oversampling_factor", oversampling_factor) > 0,
+                "oversampling_factor",
+                oversampling_factor,
+                "must be positive",
+            )
+            _check(
+                isinstance(init, str) and init == "k-means||",
+                "oversampling_factor",
+                oversampling_factor,
+                "has a meaning with init='k-means||' only",
+            )
+        self.fields = Fields(
+            checks.text("id_field", id_field),
+            checks.text("embedding_field", embedding_field),
+            tuple(dict.fromkeys(checks.texts("metadata_fields", metadata_fields))),
         )
-        _check(
-            oversampling_factor is None or (isinstance(init, str) and init == "k-means||"),
-            "oversampling_factor",
-            oversampling_factor,
-            "has a meaning with init='k-means||' only",
-        )
-        _check(max_samples_per_batch >= 1, "max_samples_per_batch", max_samples_per_batch, "must be at least 1")
-        _check(
-            fit_data_fraction is None or 0 < fit_data_fraction <= 1,
-            "fit_data_fraction",
-            fit_data_fraction,
-            "must be in (0, 1]",
-        )
-        _check(embedding_dim is None or embedding_dim >= 1, "embedding_dim", embedding_dim, "must be at least 1")
-        _check(
-            on_repeated_id in ("error", "first"),
-            "on_repeated_id",
-            on_repeated_id,
-            "must be 'error' or 'first'",
-        )
-        for name, value in (("metadata_fields", metadata_fields), ("input_file_extensions", input_file_extensions)):
-            _check(not isinstance(value, str), name, value, "must be a list")
-        self.fields = Fields(id_field, embedding_field, tuple(dict.fromkeys(metadata_fields or ())))
         reserved = {
             embedding_field,
             "l2_dist_to_cent",
@@ -141,29 +145,22 @@ class KMeansStage(CompositeStage):
                 name,
                 "is the name of a column that the stage writes itself",
             )
-        self.n_clusters = n_clusters
-        self.input_paths = [input_path] if isinstance(input_path, str | Path) else list(input_path)
-        self.output_path = normalize_path(output_path)
+        self.input_paths = checks.paths("input_path", input_path)
+        self.output_path = normalize_path(checks.path("output_path", output_path))
         self.verbose = verbose
-        self.embedding_dim = embedding_dim
-        self.input_filetype = input_filetype
-        self.input_file_extensions = input_file_extensions
+        self.input_file_extensions = checks.texts("input_file_extensions", input_file_extensions)
         self.source = storage_of(read_kwargs)
         self.target = storage_of(write_kwargs)
-        self.random_state = random_state
-        self.max_samples_per_batch = max_samples_per_batch
-        self.fit_data_fraction = fit_data_fraction
         self.work_path = join(self.output_path, "_work")
         if cache_path:
             # a folder of its own, because it is removed whole
             digest = hashlib.sha256(self.output_path.encode()).hexdigest()
-            self.work_path = join(normalize_path(cache_path), f"_untwin-{digest[:16]}")
-        self.on_repeated_id = on_repeated_id
+            self.work_path = join(normalize_path(checks.path("cache_path", cache_path)), f"_untwin-{digest[:16]}")
         self.fit_options = {
             "init": init,
-            "max_iter": max_iter,
-            "tol": tol,
-            "n_init": n_init if isinstance(n_init, int) else 1,
+            "max_iter": checks.whole("max_iter", max_iter),
+            "tol": float(tol),
+            "n_init": n_runs,
             "oversampling_factor": oversampling_factor or 2.0,
         }
         self.rejected_path = join(self.output_path, "_rejected")
@@ -195,16 +192,16 @@ class KMeansStage(CompositeStage):
         """Sample, fit, assign, find repeated ids, gather."""
         job = self.clustering
         if job is None:
+            require_empty(self.target, self.output_path)
             listing = list_inputs(
                 self.source,
-                [str(path) for path in self.input_paths],
+                self.input_paths,
                 self.fields,
                 filetype=self.input_filetype,
                 extensions=self.input_file_extensions,
                 exclude=[self.output_path],
                 dim=self.embedding_dim,
             )
-            require_empty(self.target, self.output_path)
             plan = make_plan(
                 listing.groups().rows,
                 dim=listing.dim,

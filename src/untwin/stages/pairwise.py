@@ -26,6 +26,7 @@ from untwin.core import (
 )
 from untwin.errors import DamagedFileError, InputNotFoundError, ParameterError, SchemaError
 from untwin.plan import split_evenly
+from untwin.stages import checks
 from untwin.stages.base import Context, Stage, Upstream, require_empty, storage_of
 from untwin.stages.clustering import EXAMPLES_SEED
 from untwin.stages.gather import GatherStage
@@ -92,7 +93,8 @@ class PairwiseStage(Stage):
         sim_metric: `cosine` or `l2`: the distance to the centroid that `hard` and `easy` rank by.
         random_seed: Seed for `random`.
         compare_to: `ranked`: against every better-ranked row; `kept`: against those that stay.
-        eps: A row is a duplicate when its similarity is at least 1 - eps; None only computes similarities.
+        eps: A row is a duplicate when its similarity is at least 1 - eps; None only computes similarities, with
+            `compare_to="ranked"`.
 
     Raises:
         ParameterError: A parameter that makes no sense.
@@ -119,28 +121,25 @@ class PairwiseStage(Stage):
         compare_to: str = "ranked",
         eps: float | None = None,
     ) -> None:
-        if pairwise_batch_size < 1:
-            raise ParameterError(f"pairwise_batch_size is {pairwise_batch_size}; it must be at least 1")
-        if compare_to not in ("kept", "ranked"):
-            raise ParameterError(f"compare_to is {compare_to!r}; it must be 'kept' or 'ranked'")
+        self.compare_to = checks.one_of("compare_to", compare_to, ("kept", "ranked"))
+        if eps is None and compare_to == "kept":
+            raise ParameterError("compare_to is 'kept', but eps is None: who stays depends on eps; give one")
         if eps is not None:
             threshold(eps)
-        if embedding_dim is not None and embedding_dim < 1:
-            raise ParameterError(f"embedding_dim is {embedding_dim}; it must be at least 1")
+        self.eps = None if eps is None else float(eps)
         by_distance = RankingStrategy.by_distance(which_to_keep, sim_metric, random_seed)
+        if not isinstance(ranking_strategy, RankingStrategy | None):
+            raise ParameterError(f"ranking_strategy is {ranking_strategy!r}; give a RankingStrategy")
         self.ranking = ranking_strategy or by_distance
-        self.id_field = id_field
-        self.embedding_field = embedding_field
-        self.input_paths = [input_path] if isinstance(input_path, str) else [str(path) for path in input_path]
-        self.input_paths = [normalize_path(path) for path in self.input_paths]
-        self.output_path = normalize_path(output_path)
-        self.embedding_dim = embedding_dim
-        self.pairwise_batch_size = pairwise_batch_size
+        self.id_field = checks.text("id_field", id_field)
+        self.embedding_field = checks.text("embedding_field", embedding_field)
+        self.input_paths = [normalize_path(given) for given in checks.paths("input_path", input_path)]
+        self.output_path = normalize_path(checks.path("output_path", output_path))
+        self.embedding_dim = None if embedding_dim is None else checks.whole("embedding_dim", embedding_dim)
+        self.pairwise_batch_size = checks.whole("pairwise_batch_size", pairwise_batch_size)
         self.verbose = verbose
         self.source = storage_of(read_kwargs)
         self.target = storage_of(write_kwargs)
-        self.compare_to = compare_to
-        self.eps = eps
         self.clusters: Sequence[ClustersTask] | None = None
         """The clusters, where they are known without looking into the input folder."""
         self._work_path = join(self.output_path, "_work")

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from untwin.errors import ParameterError, SchemaError
+from untwin.stages import checks
 from untwin.stages.ids import hash_ids
 
 _RANK_SEED = 11
@@ -37,12 +38,11 @@ class RankingStrategy:
         strategy: str = "sort",
         random_seed: int = 42,
     ) -> None:
-        if strategy not in ("sort", "random"):
-            raise ParameterError(f"strategy is {strategy!r}; it must be 'sort' or 'random'")
-        if isinstance(metadata_cols, str):
-            raise ParameterError(f"metadata_cols is {metadata_cols!r}; give a list of columns")
-        self.metadata_cols = tuple(metadata_cols)
-        directions = [ascending] * len(self.metadata_cols) if isinstance(ascending, bool) else list(ascending)
+        self.strategy = checks.one_of("strategy", strategy, ("sort", "random"))
+        self.metadata_cols = checks.texts("metadata_cols", metadata_cols)
+        directions = [ascending] * len(self.metadata_cols) if isinstance(ascending, bool) else ascending
+        if not isinstance(directions, Sequence) or not all(isinstance(one, bool) for one in directions):
+            raise ParameterError(f"ascending is {ascending!r}; give True or False, or a list of these")
         if len(directions) != len(self.metadata_cols):
             raise ParameterError(
                 f"ascending has {len(directions)} values for {len(self.metadata_cols)} metadata_cols; give one for each"
@@ -52,8 +52,7 @@ class RankingStrategy:
         if strategy == "random" and self.metadata_cols:
             raise ParameterError("metadata_cols has no meaning with strategy='random'")
         self.ascending = tuple(directions)
-        self.strategy = strategy
-        self.random_seed = random_seed
+        self.random_seed = checks.whole("random_seed", random_seed, 0)
 
     @classmethod
     def metadata_based(cls, metadata_cols: Sequence[str], ascending: bool | Sequence[bool] = True) -> RankingStrategy:
@@ -74,12 +73,9 @@ class RankingStrategy:
             sim_metric: `cosine` or `l2`: which distance to the centroid counts.
             random_seed: Seed for `random`.
         """
-        if sim_metric not in ("cosine", "l2"):
-            raise ParameterError(f"sim_metric is {sim_metric!r}; it must be 'cosine' or 'l2'")
-        if which_to_keep == "random":
+        checks.one_of("sim_metric", sim_metric, ("cosine", "l2"))
+        if checks.one_of("which_to_keep", which_to_keep, ("hard", "easy", "random")) == "random":
             return cls.random(random_seed)
-        if which_to_keep not in ("hard", "easy"):
-            raise ParameterError(f"which_to_keep is {which_to_keep!r}; it must be 'hard', 'easy' or 'random'")
         return cls([f"{sim_metric}_dist_to_cent"], which_to_keep == "easy")
 
     def check_types(self, types: Mapping[str, pa.DataType]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from untwin.errors import InputNotFoundError, ParameterError, ResultMismatchError, SchemaError
 from untwin.plan import split_evenly
+from untwin.stages import checks
 from untwin.stages.base import Context, Stage, Upstream, require_empty, storage_of
 from untwin.stages.clustering import IDS_SEED_1, IDS_SEED_2
 from untwin.stages.duplicates import MergeStage
@@ -21,7 +22,7 @@ from untwin.stages.tasks import CentroidsTask, DuplicatesTask, InputTask, KeptTa
 from untwin.storage.bitmap import byte_range, counts_before, get_bits
 from untwin.storage.columns import common_id_type, decode_ids, id_type, without_views
 from untwin.storage.files import join, normalize_path, redact
-from untwin.storage.inputs import naming_file
+from untwin.storage.inputs import FORMATS, naming_file
 from untwin.storage.kept import KEPT_WRITERS, KeptWriter
 from untwin.storage.listing import Fields, Groups, Listing, list_inputs
 from untwin.storage.partitions import read_array, write_array
@@ -71,15 +72,15 @@ class RemoveDuplicatesStage(Stage):
         read_kwargs: dict[str, Any] | None = None,
         write_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        if layout not in ("compact", "mirror"):
-            raise ParameterError(f"layout is {layout!r}; it must be 'compact' or 'mirror'")
-        self.input_paths = [input_path] if isinstance(input_path, str) else [str(path) for path in input_path]
-        self.output_path = normalize_path(output_path)
-        self.id_field = id_field
-        self.duplicates_path = normalize_path(duplicates_path) if duplicates_path else None
-        self.layout = layout
-        self.input_filetype = input_filetype
-        self.input_file_extensions = input_file_extensions
+        self.input_paths = checks.paths("input_path", input_path)
+        self.output_path = normalize_path(checks.path("output_path", output_path))
+        self.id_field = checks.text("id_field", id_field)
+        self.duplicates_path = (
+            normalize_path(checks.path("duplicates_path", duplicates_path)) if duplicates_path else None
+        )
+        self.layout = checks.one_of("layout", layout, ("compact", "mirror"))
+        self.input_filetype = checks.one_of("input_filetype", input_filetype, tuple(FORMATS))
+        self.input_file_extensions = checks.texts("input_file_extensions", input_file_extensions)
         self.verbose = verbose
         self.source = storage_of(read_kwargs)
         self.target = storage_of(write_kwargs)
@@ -199,7 +200,7 @@ class RemoveDuplicatesStage(Stage):
 
     def minimum_memory(self, task: InputTask) -> int:
         """Without the input's largest piece, of which most is read page by page."""
-        by_id = 0 if self._bitmap else 40 * task.n_rows + 16 * _HASHES_PER_PART
+        by_id = 40 * task.n_rows + 16 * _HASHES_PER_PART if self._hash_files else 0
         return (96 << 20) + by_id
 
     def process(self, task: InputTask, context: Context) -> KeptTask:
@@ -247,6 +248,8 @@ class RemoveDuplicatesStage(Stage):
             part = np.frombuffer(self.target.read_range(self._bitmap, start, length), np.uint8)
             return get_bits(part, first_row, task.n_rows)
         keep = np.ones(task.n_rows, np.bool_)
+        if not self._hash_files:
+            return keep
         hashes = [np.empty((2, 0), np.uint64)]
         null = [np.empty(0, np.bool_)]
         spans = listing.spans(task.first_group, task.end_group, groups)

@@ -1,4 +1,4 @@
-"""Folders and files, local or remote: opening, listing, atomic writing. Nobody else opens a path.
+"""Folders and files, local or remote: opening, listing, atomic writing. Nobody else opens a file of input or output.
 
 Local folders use the operating system directly; every other URL goes through fsspec.
 """
@@ -20,6 +20,7 @@ import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +46,8 @@ _CLIENTS = ("botocore", "aiobotocore", "aiohttp")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when there is no room: on the device, in the quota, or for so large a file."""
 _CHECKSUM_BYTES = 1 << 20
+_SYNCS = 16
+"""Files that are forced to the disk at the same time."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,15 @@ class WrittenFile:
 
 
 class Recording:
-    """The files that one unit of work writes; once it is stopped, no further file gets its name."""
+    """The files that one unit of work writes; once it is stopped, no further file gets its name.
+
+    Files that are to be durable get their names together, when `active` ends without an error: forcing many files
+    to the disk at once takes a fraction of the time that it takes one by one.
+    """
 
     def __init__(self, stopped: threading.Event | None = None) -> None:
         self._stopped = stopped or threading.Event()
+        self._held: dict[Path, Path] = {}
         self.files: dict[str, WrittenFile] = {}
 
     def check(self) -> None:
@@ -83,8 +91,29 @@ class Recording:
         token = _recording.set(self)
         try:
             yield
+            self._release()
         finally:
             _recording.reset(token)
+            for temporary in self._held:
+                temporary.unlink(missing_ok=True)
+
+    def hold(self, temporary: Path, final: Path) -> None:
+        """Leave a complete file under its temporary name for now."""
+        self._held[temporary] = final
+
+    def _release(self) -> None:
+        """Force the files held to the disk, give them their names, and force these to the disk."""
+        with ThreadPoolExecutor(_SYNCS) as pool:
+            list(pool.map(self._force, self._held))
+            self.check()
+            for temporary, final in self._held.items():
+                temporary.replace(final)
+            list(pool.map(_sync, {final.parent for final in self._held.values()}))
+        self._held.clear()
+
+    def _force(self, temporary: Path) -> None:
+        with Storage()._explained(str(self._held[temporary])):
+            _sync(temporary)
 
 
 _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("untwin-recording", default=None)
@@ -303,7 +332,8 @@ class Storage:
 
         Args:
             path: Final path or URL; missing folders are made.
-            durable: Force the content to the disk before the name appears (local files).
+            durable: Force the content to the disk before the name appears (local files); in a unit of work, the
+                name appears when the unit is done.
         """
         recording = _recording.get()
         if is_remote(path):
@@ -336,12 +366,15 @@ class Storage:
             try:
                 with pa.OSFile(str(temporary), "wb") as sink:
                     yield sink
-                if durable:
-                    _sync(temporary)
                 if recording is not None:
                     written = WrittenFile(path, *_checksum(temporary))
                     recording.check()
                     recording.files[path] = written
+                    if durable:
+                        recording.hold(temporary, final)
+                        return
+                if durable:
+                    _sync(temporary)
                 temporary.replace(final)
                 if durable:
                     _sync(final.parent)

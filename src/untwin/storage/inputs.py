@@ -19,6 +19,8 @@ from untwin.errors import DamagedFileError, ParameterError, SchemaError, UntwinE
 from untwin.storage.files import FoundFile, Storage, redact
 
 _CHUNK_BYTES = 16 << 20
+_INFERRED_LINES = 100
+"""Lines of JSON whose types are found by hand first; to look at all lines takes many times as long."""
 PAGE_BUFFER = 1 << 20
 """Bytes that are read at a time from a Parquet column, so that a large row group never lies in memory whole."""
 
@@ -49,7 +51,7 @@ class Span:
         first_group: Number of the first piece.
         group_rows: Rows of each piece in the range.
         group_starts: Position of each piece in the file.
-        end: Position behind the last piece (text only; else -1).
+        end: Where the piece behind the last one begins; the size of the file if there is none.
         first_row: Number of the first row in the plan's order.
         row_in_file: Number of the first row in its file.
     """
@@ -260,10 +262,18 @@ def _parse_lines(lines: list[bytes], columns: Sequence[str] | None) -> pa.Table:
         # a column, wanted or not, has values of different types: read the wanted ones, with types found by hand
         if columns is None:
             raise
-        schema = _infer_types(lines, columns, error)
-        content.seek(0)
-        only = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-        table = pj.read_json(content, read_options=options, parse_options=only)
+        for some in (lines[:_INFERRED_LINES], lines):
+            schema = _infer_types(some, columns, error)
+            if len(schema) < len(columns) and len(some) < len(lines):
+                continue  # these lines do not tell all types
+            content.seek(0)
+            only = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+            try:
+                table = pj.read_json(content, read_options=options, parse_options=only)
+                break
+            except pa.ArrowInvalid:
+                if len(some) == len(lines):
+                    raise
     if columns is None:
         return _floats(table)
     missing = [name for name in columns if name not in table.column_names]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from untwin.errors import ChangedInputError, InputNotFoundError, ParameterError, SchemaError
 from untwin.storage.columns import common_id_type, embedding_dim, id_type, list_lengths, without_views
-from untwin.storage.files import FoundFile, Storage, is_remote, normalize_path, redact
+from untwin.storage.files import FoundFile, Storage, is_remote, join, normalize_path, redact
 from untwin.storage.inputs import FileFacts, InputFormat, Span, input_format
 
 _CURATOR_FOLDER = re.compile(r"[^_]+_embd(_[^_]+)?_parquet")
@@ -336,12 +336,11 @@ def _is_ours(path: str, folder: str, exclude: Sequence[str]) -> bool:
 def _curator_folder(storage: Storage, folder: str) -> str:
     """The embeddings folder in an output folder of a Curator pipeline; else the folder itself."""
     names = [name for name in storage.names(folder) if _CURATOR_FOLDER.fullmatch(name)]
-    separator = "/"
     if not names:
         return folder
     if len(names) == 1:
-        return folder + separator + names[0]
-    summary = folder + separator + "summary.json"
+        return join(folder, names[0])
+    summary = join(folder, "summary.json")
     algorithm = ""
     if storage.exists(summary):
         content: Any = storage.read_json(summary)
@@ -352,7 +351,7 @@ def _curator_folder(storage: Storage, folder: str) -> str:
             model, variant = prefix, algorithm.removeprefix(known).replace("-", "_")
     for name in (f"{model}_embd{variant}_parquet", f"{model}_embd_parquet"):
         if name in names:
-            return folder + separator + name
+            return join(folder, name)
     raise ParameterError(
         f"{redact(folder)}: holds several sets of embeddings ({', '.join(names)}), and its summary.json does not "
         "say which one is meant; give one of these folders as the input"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -159,8 +160,6 @@ def partition_facts(storage: Storage, path: str, embedding_field: str) -> tuple[
 
 def write_array(storage: Storage, path: str, array: NDArray[np.generic]) -> None:
     """Write a NumPy array as `.npy`."""
-    import io
-
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
     storage.write_bytes(path, content.getvalue())
@@ -177,8 +176,6 @@ def write_vectors(storage: Storage, path: str, parts: Sequence[NDArray[np.float3
 
 def read_array(storage: Storage, path: str) -> NDArray[np.generic]:
     """Read a `.npy` file; nothing in it is ever executed."""
-    import io
-
     with naming_file(path):
         array: NDArray[np.generic] = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
         return array

@@ -34,16 +34,20 @@ def read_rows(
 ) -> Iterator[RowBatch]:
     """Read spans in order, in batches of about `rows` rows; small files are put together.
 
-    Reading runs in a thread of its own, ahead of the consumer. A batch never mixes rows of different schemas.
+    Reading runs in a thread of its own, ahead of the consumer, if there is more than a batch. A batch never mixes rows
+    of different schemas.
     """
-    return read_ahead(lambda: _coalesced(_read_spans(storage, format_, spans, columns, rows), rows), depth=2)
+    spans = list(spans)
+
+    def read() -> Iterator[RowBatch]:
+        return _coalesced(_read_spans(storage, format_, spans, columns, rows), rows)
+
+    return read_ahead(read, depth=2) if sum(span.n_rows for span in spans) > rows else read()
 
 
 def _read_spans(
-    storage: Storage, format_: InputFormat, spans: Iterable[Span], columns: Sequence[str] | None, rows: int
+    storage: Storage, format_: InputFormat, spans: Sequence[Span], columns: Sequence[str] | None, rows: int
 ) -> Iterator[RowBatch]:
-    spans = list(spans)
-
     def small(span: Span) -> list[pa.RecordBatch]:
         return list(format_.read(storage, span, columns, rows))
 
