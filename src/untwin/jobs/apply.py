@@ -158,6 +158,7 @@ def _execute(
     record["peak_memory_bytes"] = peak_memory()
     record["seconds"] = round(time.perf_counter() - started, 3)
     storage.write_json(folder.run_path, record)
+    folder.abort_uploads()
     return RunResult.from_run(folder, record)
 
 

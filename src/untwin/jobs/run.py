@@ -154,6 +154,7 @@ class PreparedRun:
         record["files"] = result_files(outcome, folder)
         record["seconds"] = round(time.perf_counter() - started, 3)
         folder.storage.write_json(folder.run_path, record)
+        folder.abort_uploads()
         return self._finished(record, progress)
 
     @property

@@ -47,6 +47,8 @@ _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "s3fs")
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]*:(?!\d+(?:[/?#\s]|$))\S*@|(?<=s3://)[^/@\s]*@|(?<=s3a://)[^/@\s]*@")
 """User name and password in a URL; a password may hold slashes, and a port is none."""
 _SECRET_OPTION = re.compile(r"key|secret|token|pass|user|credential|connection_string|sas", re.IGNORECASE)
+_LEAST_SECRET = 4
+"""Characters; what is shorter is no secret, and would be found in every text."""
 _SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when there is no room: on the device, in the quota, or for so large a file."""
@@ -145,8 +147,9 @@ def hide_secrets(text: str, options: Mapping[str, Any]) -> str:
             left.extend(value.items())
         elif isinstance(value, str) and _SECRET_OPTION.search(name):
             secrets.add(value)
-    for secret in sorted(secrets - {""}, key=len, reverse=True):
-        text = text.replace(secret, "***")
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= _LEAST_SECRET:
+            text = text.replace(secret, "***")
     return redact(text)
 
 
@@ -197,29 +200,38 @@ class Storage:
             what = "credentials and what they permit" if is_remote(path) else "permissions"
             raise StorageError(
                 f"{redact(path)}: access denied ({self._said(error)}); check the {what}, then run again"
-            ) from error
+            ) from self._shown(error)
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise ResourceError(
                     f"{redact(path)}: no space left on the device; make room, then run again"
                 ) from error
             if is_remote(path) and _is_clients(error):
-                raise self._unusable(path, error) from error
+                raise self._unusable(path, error) from self._shown(error)
             raise
         except Exception as error:
             if _is_clients(error):
-                raise self._unusable(path, error) from error
+                raise self._unusable(path, error) from self._shown(error)
             raise
 
     def _unusable(self, path: str, error: Exception) -> StorageError:
         return StorageError(
             f"{redact(path)}: the storage cannot be used ({self._said(error)}); check the endpoint and the "
-            "credentials, or wait until it answers again, then run again"
+            "credentials (they may have expired), or wait until it answers again, then run again"
         )
 
     def _said(self, error: Exception) -> str:
         """What a storage says about an error, without secrets: servers repeat what they were sent."""
         return hide_secrets(str(error), self.options)
+
+    def _shown(self, error: BaseException) -> BaseException | None:
+        """The error, for a traceback; None if it, or what it came from, repeats a secret."""
+        cause: BaseException | None = error
+        while cause is not None:
+            if hide_secrets(str(cause), self.options) != str(cause):
+                return None
+            cause = cause.__cause__
+        return error
 
     @contextlib.contextmanager
     def _first_contact(self, path: str) -> Iterator[None]:
