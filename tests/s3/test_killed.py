@@ -107,14 +107,18 @@ def test_uploads_of_a_killed_run_are_aborted_when_it_goes_on_and_no_others(proxy
     locked = next(entry for entry in proxy.log if entry.request.kind == "CONDITIONAL" and entry.status == 200)
     assert listing.at > locked.at
     assert {entry.request.key for entry in proxy.entries(kind="ABORT")} == {KMEANS}
-    assert proxied.contents("out/")["run.json"]
+    run = json.loads(proxied.contents("out/")["run.json"])
+    assert run["rows"]["kept"] == run["rows"]["input"] == 3000
+    assert {stage["name"]: stage["reused"] for stage in run["stages"] if stage["reused"]}.keys() >= {"fit", "assign"}
 
 
+@pytest.mark.slow
 def test_uploads_of_a_killed_run_are_aborted_by_overwrite(proxy, proxied, abandoned):
     finish(start(proxied, *LARGE, "--seed", "1", "--overwrite"))
     assert sorted(key for key, _ in proxied.uploads()) == abandoned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [403, (501, b"<Error><Code>NotImplemented</Code><Message>no</Message></Error>")])
 def test_a_storage_that_does_not_list_uploads_is_no_obstacle(proxy, proxied, abandoned, answer):
     proxy.reset(lambda request: answer if request.kind == "UPLOADS" else None)
@@ -122,6 +126,7 @@ def test_a_storage_that_does_not_list_uploads_is_no_obstacle(proxy, proxied, aba
     assert sorted(key for key, _ in proxied.uploads()) == sorted([*abandoned, KMEANS])
 
 
+@pytest.mark.slow
 def test_an_upload_whose_beginning_was_not_answered_is_aborted_at_the_end_of_the_run(proxy, proxied, large):
     proxy.reset(lambda request: "lost" if request.kind == "CREATE" and request.attempt == 0 else None)
     finish(start(proxied, *LARGE))
@@ -150,7 +155,8 @@ def undisturbed(proxy, proxied, source):
 def assert_same_rows(contents, undisturbed):
     ours = {name: content for name, content in contents.items() if not name.startswith("_")}
     assert_same_answer(ours, {name: content for name, content in undisturbed.items() if not name.startswith("_")})
-    assert sorted(contents) == sorted(undisturbed)
+    # a kill between the last file and the release of the lock leaves a finished run with the lock of the dead
+    assert sorted(set(contents) - {LOCK}) == sorted(undisturbed)
 
 
 def _kill_and_resume(proxy, proxied, undisturbed, seed):
@@ -170,17 +176,13 @@ def _kill_and_resume(proxy, proxied, undisturbed, seed):
     return n_kills
 
 
-def test_a_run_killed_at_any_request_gives_the_answer_of_an_undisturbed_run(proxy, proxied, undisturbed):
-    assert undisturbed[1] > 100
-    assert _kill_and_resume(proxy, proxied, undisturbed, 1) > 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 112))
-def test_many_runs_killed_at_any_request_give_the_answer_of_an_undisturbed_run(proxy, proxied, undisturbed, seed):
+def test_runs_killed_at_any_request_give_the_answer_of_an_undisturbed_run(proxy, proxied, undisturbed, seed):
     assert _kill_and_resume(proxy, proxied, undisturbed, seed) > 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_s3_does_not_repeat_what_is_done(proxied, undisturbed, tmp_path):
     """Killed after half of the units that read the input; the lock that it left is taken over."""
     log = tmp_path / "log"

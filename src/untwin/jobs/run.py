@@ -153,8 +153,8 @@ class PreparedRun:
         )
         record["files"] = result_files(outcome, folder)
         record["seconds"] = round(time.perf_counter() - started, 3)
-        folder.storage.write_json(folder.run_path, record)
         folder.abort_uploads()
+        folder.storage.write_json(folder.run_path, record)
         return self._finished(record, progress)
 
     @property
