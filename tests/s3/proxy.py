@@ -22,7 +22,10 @@ FAULTS = (500, 503, "cut", "lost", "cut answer", "cut request", "delay")
 
 
 class Request(NamedTuple):
-    """What is asked: kind, bucket, key, the query, and which attempt at this very thing it is."""
+    """What is asked: kind, bucket, key, the query, and which attempt at this very thing it is; by whom, in which call.
+
+    A call is one attempt of botocore; the client below it may send it again by itself.
+    """
 
     kind: str
     bucket: str
@@ -30,6 +33,7 @@ class Request(NamedTuple):
     query: str
     attempt: int
     access_key: str
+    call: str
 
 
 class Entry(NamedTuple):
@@ -50,7 +54,7 @@ def kind_of(method, key, query, headers):
     if method == "PUT":
         return "PART" if "partNumber" in query else "CONDITIONAL" if "If-None-Match" in headers else "PUT"
     if method == "GET" and not key:
-        return "UPLOADS" if "uploads" in query else "LIST"
+        return "UPLOADS" if "uploads" in query else "LIST" if "list-type" in query else f"GET {sorted(query)}"
     if method == "DELETE":
         return "ABORT" if "uploadId" in query else "DELETE"
     return method
@@ -149,7 +153,8 @@ class Proxy:
         with self._lock:
             attempt = self._attempts.get((kind, bucket, key, shown), 0)
             self._attempts[kind, bucket, key, shown] = attempt + 1
-        return Request(kind, bucket, key, shown, attempt, access_key.group(1) if access_key else "")
+        call = "".join(handler.headers.get(f"amz-sdk-{name}", "") for name in ("invocation-id", "request"))
+        return Request(kind, bucket, key, shown, attempt, access_key.group(1) if access_key else "", call)
 
     def _answer(self, handler, request, fault):
         length = int(handler.headers.get("Content-Length", 0))

@@ -4,8 +4,10 @@ The pauses of the library are made short, except in the tests that are called sl
 """
 
 import json
+import re
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,9 +60,14 @@ def n_reused(contents):
 
 def _run_through(proxy, proxied, source, local, seed, share):
     proxied.upload(source, "in")
+    before = proxied.contents("in/")
     proxy.reset(SeededPlan(seed, share))
     run(proxied)
     assert_same_answer(proxied.contents("out/"), local)
+    untwin.apply(proxied.url("out"), eps=0.2, storage_options=proxied.options)
+    untwin.audit(proxied.url("out"), storage_options=proxied.options)
+    assert_permitted(proxy.log)
+    assert proxied.contents("in/") == before
     met = {(entry.request.kind, entry.fault) for entry in proxy.log if entry.fault}
     assert {fault for _, fault in met} == set(FAULTS)
     assert {kind for kind, _ in met} >= {"HEAD", "GET", "LIST", "PUT"}
@@ -130,8 +137,11 @@ def test_a_body_that_is_cut_is_read_again_and_not_taken_for_the_file(proxy, prox
 
 def pauses(log):
     """Seconds between attempts. The client below asks once more at once where a connection that it reuses is cut."""
-    found = np.diff([entry.at for entry in log])
-    return found[found > PAUSE / 2]
+    first, last = {}, {}
+    for entry in log:
+        first.setdefault(entry.request.call, entry.at)
+        last[entry.request.call] = entry.at
+    return np.array(list(first.values()))[1:] - np.array(list(last.values()))[:-1]
 
 
 @pytest.mark.parametrize("fault", _few([500, 503, "cut"], 503))
@@ -168,6 +178,31 @@ def test_options_of_the_user_set_the_number_of_attempts(proxy, proxied):
     with pytest.raises(StorageError):
         Storage(proxied.options).stat(proxied.url("x"))
     assert len(proxy.log) == 2
+
+
+PERMISSIONS = {
+    "s3:ListBucket": {"LIST"},
+    "s3:GetObject": {"HEAD", "GET"},
+    "s3:PutObject": {"PUT", "CONDITIONAL", "CREATE", "PART", "COMPLETE"},
+    "s3:DeleteObject": {"DELETE"},
+    "s3:AbortMultipartUpload": {"ABORT"},
+    "s3:ListBucketMultipartUploads": {"UPLOADS"},
+}
+"""What the page on S3 lists, with the requests that each permits."""
+
+
+def assert_permitted(log):
+    """Nothing else is asked of the server, and the input is only read."""
+    for entry in log:
+        request = entry.request
+        assert request.kind in set().union(*PERMISSIONS.values()), request
+        if request.kind in PERMISSIONS["s3:PutObject"] | {"ABORT"}:
+            assert request.key.startswith("out/")
+
+
+def test_the_page_on_s3_lists_the_permissions():
+    page = (Path(__file__).parents[2] / "docs" / "s3.md").read_text()
+    assert set(re.findall(r"^\| `(s3:\w+)`", page, re.MULTILINE)) == set(PERMISSIONS)
 
 
 # ---- conditional writes, completions and deletions whose answer is lost -----------------------------------------

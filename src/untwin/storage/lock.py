@@ -115,7 +115,7 @@ def _is_dead(held: dict[str, Any]) -> bool:
         return False
     if _process_start(int(held.get("pid", 0))) != held.get("process_started"):
         return True
-    return held.get("pid") == os.getpid() and held.get("token") not in _held
+    return held.get("pid") == os.getpid() and "token" in held and held["token"] not in _held
 
 
 def _process_start(pid: int) -> str:
