@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 an unexpected failure; 2 a user's mistake or damaged input
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -12,6 +13,7 @@ import os
 import shlex
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,17 +63,24 @@ def _reports_errors(command: F) -> F:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
-            if verbose:
-                _log.exception("untwin: unexpected failure")
             notes = " ".join(getattr(error, "__notes__", []))
+            if verbose:
+                click.echo(_without_secrets(traceback.format_exc(), kwargs), err=True)
+            said = _without_secrets(f"{type(error).__name__}: {error} {notes}", kwargs)
             click.echo(
-                f"untwin: unexpected failure: {type(error).__name__}: {error} {notes}\n"
-                f"{_what_is_left(kwargs)}; -v shows where it happened",
-                err=True,
+                f"untwin: unexpected failure: {said}\n{_what_is_left(kwargs)}; -v shows where it happened", err=True
             )
             sys.exit(1)
 
     return run  # type: ignore[return-value]
+
+
+def _without_secrets(text: str, kwargs: dict[str, Any]) -> str:
+    from untwin.storage.files import hide_secrets
+
+    with contextlib.suppress(ParameterError):
+        return hide_secrets(text, _storage_options(kwargs.get("storage_options")))
+    return hide_secrets(text, {})
 
 
 def _leave_threads() -> None:
@@ -84,8 +93,10 @@ def _leave_threads() -> None:
 
 def _what_is_left(kwargs: dict[str, Any]) -> str:
     """What there is after a failure, and what to do; never advises to delete what is finished."""
+    from untwin.storage.files import redact
+
     if click.get_current_context().info_name == "audit":
-        return f"nothing in {kwargs['output']} has changed"
+        return f"nothing in {redact(kwargs['output'])} has changed"
     paths = kwargs.get("paths")
     answer = kwargs.get("to") or f"{kwargs.get('output', '').rstrip('/')}/eps={kwargs['eps']!r}"
     folder = paths[-1] if paths else answer
@@ -95,7 +106,9 @@ def _what_is_left(kwargs: dict[str, Any]) -> str:
         if (Path(folder) / "run.json").exists():
             return f"the input is untouched, and the result in {folder} is complete"
     anew = ", or starts anew with --overwrite" if paths else ""
-    return f"the input is untouched; {folder} holds an unfinished result: the same command goes on with it{anew}"
+    return (
+        f"the input is untouched; {redact(folder)} holds an unfinished result: the same command goes on with it{anew}"
+    )
 
 
 _shared = [

@@ -38,6 +38,10 @@ class ChangedInputError(UntwinError):
     """A file of the input is not the one that the plan was made for; names the file."""
 
 
+class StorageError(UntwinError):
+    """The storage denies access, or cannot be used; names the file, folder or bucket."""
+
+
 class ResourceError(UntwinError):
     """The memory budget or the disk is too small for the work; names what is needed."""
 

@@ -2,8 +2,8 @@
 
 Arguments: JSON with `argv` (of the command), and `operation` (kill at this file operation), `seconds` (kill then),
 `chain` and `marker` (kill after this many markers of a chain), `full` (what this chain writes meets a full disk) or
-`stuck` (a stage hangs); `log` gets a line for each unit of a chain that begins. Units are small, so that a small
-input has many.
+`stuck` (a stage hangs); `log` gets a line for each unit of a chain that begins. Units are small (`small` bytes), so
+that a small input has many.
 """
 
 import importlib
@@ -108,9 +108,10 @@ def log_units(path):
 
 def main():
     wanted = json.loads(sys.argv[1])
-    untwin.plan._MIN_UNIT_BYTES = untwin.plan._MAX_UNIT_BYTES = SMALL
+    small = wanted.get("small", SMALL)
+    untwin.plan._MIN_UNIT_BYTES = untwin.plan._MAX_UNIT_BYTES = small
     untwin.plan._ROWS_PER_PARTITION = 256
-    removal._FILE_BYTES = removal._MIRROR_BYTES = SMALL
+    removal._FILE_BYTES = removal._MIRROR_BYTES = small
     counted = None
     if "operation" in wanted:
         counted = kill_at_operation(wanted["operation"], wanted["output"])

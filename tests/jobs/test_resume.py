@@ -371,6 +371,10 @@ def test_a_lock_of_a_dead_process_is_taken_over(source, tmp_path, other):
 
 @pytest.mark.parametrize("other", [{}, {"host": "elsewhere", "pid": 1}, {"pid_namespace": "another"}], ids=str)
 def test_a_lock_that_may_be_alive_stands(source, tmp_path, other):
+    """By default that of another process of this host, which is alive."""
+    from untwin.storage.lock import _process_start
+
+    other = other or {"pid": os.getppid(), "process_started": _process_start(os.getppid())}
     out = tmp_path / "out"
     out.mkdir()
     (out / "_lock.json").write_text(json.dumps(_lock(**other)))

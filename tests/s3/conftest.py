@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
+from proxy import Proxy
 
 from untwin.storage import files
 
@@ -43,6 +44,11 @@ class Bucket:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 self.client.upload_file(str(path), self.name, f"{prefix}/{path.relative_to(folder)}")
+
+    def uploads(self):
+        """(key, number) of every upload that was begun and neither completed nor aborted."""
+        found = self.client.list_multipart_uploads(Bucket=self.name).get("Uploads", [])
+        return [(upload["Key"], upload["UploadId"]) for upload in found]
 
     def contents(self, prefix=""):
         """Name below the prefix → bytes."""
@@ -81,6 +87,22 @@ def _no_other_credentials(monkeypatch):
 @pytest.fixture
 def bucket(endpoint):
     return Bucket(endpoint)
+
+
+@pytest.fixture
+def proxy(endpoint):
+    """What stands between client and server where a test asks for faults."""
+    with Proxy(endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxied(bucket, proxy, monkeypatch):
+    """A bucket whose options lead through the proxy; the library retries as by default, but with short pauses."""
+    monkeypatch.delenv("AWS_MAX_ATTEMPTS")
+    monkeypatch.setattr("botocore.retryhandler.random.random", lambda: 0.02)
+    bucket.options["endpoint_url"] = proxy.url
+    return bucket
 
 
 @pytest.fixture

@@ -151,6 +151,7 @@ def _execute(
     record["files"] = {**run["files"], "duplicates": result_files(outcome, folder)["duplicates"]}
     record["peak_memory_bytes"] = peak_memory()
     record["seconds"] = round(time.perf_counter() - started, 3)
+    folder.abort_uploads()
     storage.write_json(folder.run_path, record)
     return RunResult.from_run(folder, record)
 

@@ -148,7 +148,20 @@ class OutputFolder:
             markers = relative.startswith(("_plan/", "_done/"))
             if temporary or (not markers and self._is_ours(relative, mirrored)):
                 self.storage.remove(file.path)
+        self.abort_uploads()
         return ledger
+
+    def abort_uploads(self, *, answers: bool = False) -> None:
+        """Abort uploads of our own that were never completed. Only while the folder is locked.
+
+        Args:
+            answers: Also those of other answers below the folder, which have a lock of their own.
+        """
+        if is_remote(self.path):
+            mirrored = self._mirrored()
+            self.storage.abort_uploads(
+                self.path, lambda name: (answers or not name.startswith("eps=")) and self._is_ours(name, mirrored)
+            )
 
     def clear(self) -> None:
         """Remove an earlier run: exactly the files that untwin makes.
@@ -159,6 +172,7 @@ class OutputFolder:
         self.check_clearable()
         if not self.storage.exists(self.plan_path):
             return
+        self.abort_uploads(answers=True)
         # what says that there is a result goes first, and what says that it is ours goes last
         names = self.storage.names(self.path)
         first = [name for name in ("run.json", "_done") if name in names]

@@ -164,6 +164,7 @@ class PreparedRun:
         )
         record["files"] = result_files(outcome, folder)
         record["seconds"] = round(time.perf_counter() - started, 3)
+        folder.abort_uploads()
         folder.storage.write_json(folder.run_path, record)
         return self._finished(record, progress)
 

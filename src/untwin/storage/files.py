@@ -11,6 +11,7 @@ import errno
 import functools
 import glob
 import json
+import logging
 import os
 import posixpath
 import queue
@@ -33,6 +34,7 @@ from untwin.errors import (
     MissingExtraError,
     ParameterError,
     ResourceError,
+    StorageError,
     UntwinError,
 )
 
@@ -41,13 +43,24 @@ T = TypeVar("T")
 _WHOLE_READ_BYTES = 8 << 20
 _SMALL_FILE_BYTES = 1 << 20
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
-_CLIENTS = ("botocore", "aiobotocore", "aiohttp")
+_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "s3fs")
 """Packages whose errors say that a remote storage cannot be reached, or refuses."""
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]*:(?!\d+(?:[/?#\s]|$))\S*@|(?<=s3://)[^/@\s]*@|(?<=s3a://)[^/@\s]*@")
+"""User name and password in a URL; a password may hold slashes, and a port is none."""
+_SECRET_OPTION = re.compile(r"key|secret|token|pass|user|credential|connection_string|sas", re.IGNORECASE)
+_LEAST_SECRET = 4
+"""Characters; what is shorter is no secret, and would be found in every text."""
+_SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when there is no room: on the device, in the quota, or for so large a file."""
 _CHECKSUM_BYTES = 1 << 20
 _SYNCS = 16
 """Files that are forced to the disk at the same time."""
+_IS_THERE = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
+"""Answers to a conditional write that say that another one was first."""
+_UNKNOWN_CONDITION = ("NotImplemented", "501")
+_REMOVALS = 3
+_log = logging.getLogger("untwin")
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ def normalize_path(path: str | os.PathLike[str]) -> str:
     if not text:
         raise ParameterError("a path is empty; is a variable of the shell not set?")
     if is_remote(text):
-        if re.search(r"://[^/@]*:[^/@]*@", text):
+        if _USER_INFO.search(text):
             # the listing of the input holds full paths, so a password in one would be written
             raise ParameterError(f"{redact(text)}: was given with a password in it; give that in storage_options")
         return text.rstrip("/")
@@ -150,7 +163,23 @@ def real_path(path: str) -> str:
 
 def redact(path: str) -> str:
     """Remove user name and password from a URL, for messages and manifests; a container (`abfs://box@host`) stays."""
-    return re.sub(r"(?<=://)[^/@]*:[^/@]*@", "", path)
+    return _USER_INFO.sub("", path)
+
+
+def hide_secrets(text: str, options: Mapping[str, Any]) -> str:
+    """Remove the values of `storage_options` and of the environment that are secret, and passwords in URLs."""
+    secrets = {os.environ.get(name, "") for name in _SECRET_VARIABLES}
+    left: list[tuple[str, Any]] = list(options.items())
+    while left:
+        name, value = left.pop()
+        if isinstance(value, Mapping):
+            left.extend(value.items())
+        elif isinstance(value, str) and _SECRET_OPTION.search(name):
+            secrets.add(value)
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= _LEAST_SECRET:
+            text = text.replace(secret, "***")
+    return redact(text)
 
 
 def join(folder: str, *names: str) -> str:
@@ -197,21 +226,41 @@ class Storage:
         except FileNotFoundError as error:
             raise InputNotFoundError(f"{redact(path)}: not found") from error
         except PermissionError as error:
-            what = "credentials" if is_remote(path) else "permissions"
-            raise UntwinError(f"{redact(path)}: access denied ({error}); check the {what}") from error
+            what = "credentials and what they permit" if is_remote(path) else "permissions"
+            raise StorageError(
+                f"{redact(path)}: access denied ({self._said(error)}); check the {what}, then run again"
+            ) from self._shown(error)
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise ResourceError(
                     f"{redact(path)}: no space left on the device; make room, then run again"
                 ) from error
+            if is_remote(path) and _is_clients(error):
+                raise self._unusable(path, error) from self._shown(error)
             raise
         except Exception as error:
-            if type(error).__module__.partition(".")[0] in _CLIENTS:
-                raise UntwinError(
-                    f"{redact(path)}: the storage cannot be used ({redact(str(error))}); check the endpoint and the "
-                    "credentials"
-                ) from error
+            if _is_clients(error):
+                raise self._unusable(path, error) from self._shown(error)
             raise
+
+    def _unusable(self, path: str, error: Exception) -> StorageError:
+        return StorageError(
+            f"{redact(path)}: the storage cannot be used ({self._said(error)}); check the endpoint and the "
+            "credentials (they may have expired), or wait until it answers again, then run again"
+        )
+
+    def _said(self, error: Exception) -> str:
+        """What a storage says about an error, without secrets: servers repeat what they were sent."""
+        return hide_secrets(str(error), self.options)
+
+    def _shown(self, error: BaseException) -> BaseException | None:
+        """The error, for a traceback; None if it, or what it came from, repeats a secret."""
+        cause: BaseException | None = error
+        while cause is not None:
+            if hide_secrets(str(cause), self.options) != str(cause):
+                return None
+            cause = cause.__cause__
+        return error
 
     @contextlib.contextmanager
     def _first_contact(self, path: str) -> Iterator[None]:
@@ -309,9 +358,11 @@ class Storage:
                 return pa.BufferReader(source.read_buffer())
         with self._explained(path):
             fs = self._fs(path)
-            if fs.info(path)["size"] <= _WHOLE_READ_BYTES:
-                return pa.BufferReader(fs.cat_file(path))
-            return pa.PythonFile(fs.open(path, "rb"), mode="r")
+            size = fs.info(path)["size"]
+            if size <= _WHOLE_READ_BYTES:
+                # with a range: s3fs reads it in one request, and asks again when the answer is cut off
+                return pa.BufferReader(fs.cat_file(path, start=0, end=size) if size else b"")
+            return pa.PythonFile(_RemoteSource(self, path, fs.open(path, "rb")), mode="r")
 
     def read_bytes(self, path: str) -> bytes:
         """Read a whole small file."""
@@ -339,7 +390,6 @@ class Storage:
         if is_remote(path):
             with self._explained(path):
                 remote = self._fs(path).open(path, "wb")
-                uploaded = False
                 try:
                     sink = pa.PythonFile(remote, mode="w")
                     yield sink
@@ -347,16 +397,13 @@ class Storage:
                     sink.flush()
                     if recording is not None:
                         recording.check()
-                    uploaded = True
-                    remote.close()
+                    self._complete(remote, path, size)
                     if recording is not None:
                         recording.files[path] = WrittenFile(path, size, None)
-                except BaseException as error:
+                except BaseException:
                     with contextlib.suppress(Exception):
                         remote.discard()
                     remote.closed = True
-                    if uploaded and isinstance(error, FileNotFoundError):
-                        raise _no_bucket(path) from error
                     raise
             return
         final = Path(path)
@@ -382,29 +429,56 @@ class Storage:
                 temporary.unlink(missing_ok=True)
                 raise
 
+    def _complete(self, remote: Any, path: str, size: int) -> None:
+        """Finish an upload, so that the object appears."""
+        try:
+            remote.close()
+        except FileNotFoundError as error:
+            if _code(error) != "NoSuchUpload":
+                raise _no_bucket(path) from error
+            # that is the answer when an earlier try did complete it, and its answer got lost
+            if not self.is_unchanged(WrittenFile(path, size, None)):
+                raise StorageError(f"{redact(path)}: its upload was aborted by somebody else; run again") from error
+            remote.closed = True
+
     def write_bytes(self, path: str, content: bytes, *, durable: bool = False) -> None:
         """Write a whole small file atomically."""
         with self.writing(path, durable=durable) as sink:
             sink.write(content)
 
     def create(self, path: str, content: bytes) -> bool:
-        """Write a small remote file unless it is there; False if it is.
+        """Write a small remote file unless it is there; False if it is, and holds something else.
 
-        One conditional write where the file system knows such (S3); elsewhere a look and a write.
+        One conditional write where the file system knows such (S3); elsewhere a look and a write. The content must be
+        like no other: it tells whether the file is our own, written by a try whose answer got lost.
         """
         fs = self._fs(path)
         with self._explained(path):
             try:
                 fs.pipe_file(path, content, mode="create")
-            except FileExistsError:
-                return False
             except FileNotFoundError as error:
                 raise _no_bucket(path) from error
+            except OSError as error:
+                if isinstance(error, FileExistsError) or _code(error) in _IS_THERE:
+                    return self._holds(path, content)
+                if _code(error) not in _UNKNOWN_CONDITION:
+                    raise
+                return self._create_unconditionally(path, content)
             except (TypeError, ValueError, NotImplementedError):
-                if fs.exists(path):
-                    return False
-                fs.pipe_file(path, content)
+                return self._create_unconditionally(path, content)
         return True
+
+    def _create_unconditionally(self, path: str, content: bytes) -> bool:
+        if self.exists(path):
+            return False
+        self.write_bytes(path, content)
+        return True
+
+    def _holds(self, path: str, content: bytes) -> bool:
+        try:
+            return self.read_bytes(path) == content
+        except FileNotFoundError:
+            return False
 
     def is_unchanged(self, file: WrittenFile) -> bool:
         """Whether a file is there as it was written: its size, and for local files its checksum."""
@@ -430,14 +504,50 @@ class Storage:
     def remove(self, path: str) -> None:
         """Remove a file, or a folder with all that is below it."""
         if is_remote(path):
-            with self._explained(path), contextlib.suppress(FileNotFoundError):
-                self._fs(path).rm(path, recursive=True)
-            return
+            fs = self._fs(path)
+            with self._explained(path):
+                for _ in range(_REMOVALS):
+                    with contextlib.suppress(FileNotFoundError):
+                        fs.rm(path, recursive=True)
+                    # S3 says that it is done, also when it has refused to delete some of many objects
+                    if not fs.exists(path):
+                        return
+                raise PermissionError("objects were not deleted")
         target = Path(path)
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
+
+    def abort_uploads(self, folder: str, is_ours: Callable[[str], bool]) -> None:
+        """Abort uploads of several parts below a folder that were begun and never completed (S3; elsewhere nothing).
+
+        A storage that does not list uploads, or does not let us, is left as it is.
+
+        Args:
+            folder: Only below it.
+            is_ours: Whether an upload may be aborted, by its object's name relative to the folder.
+        """
+        fs: Any = self._fs(folder) if is_remote(folder) else None
+        if not hasattr(fs, "call_s3"):
+            return
+        bucket, key, _ = fs.split_path(folder)
+        prefix = f"{key}/" if key else ""
+        more: dict[str, str] = {}
+        try:
+            while True:
+                page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **more)
+                for upload in page.get("Uploads", []):
+                    name = upload["Key"]
+                    if name.startswith(prefix) and is_ours(name[len(prefix) :]):
+                        with contextlib.suppress(FileNotFoundError):
+                            fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload["UploadId"])
+                if not page.get("IsTruncated"):
+                    return
+                more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        except Exception as error:
+            said = self._said(error)
+            _log.info("%s: abandoned uploads, if there are any, were not aborted (%s)", redact(folder), said)
 
     def free_bytes(self, path: str) -> int | None:
         """Free bytes on the disk that would hold `path`; None for remote storage.
@@ -453,6 +563,37 @@ class Storage:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UntwinError(f"{path}: cannot be written ({folder} is read-only for this user); choose another folder")
         return shutil.disk_usage(folder).free
+
+
+class _RemoteSource:
+    """A remote file that is read piece by piece, with errors that name it."""
+
+    def __init__(self, storage: Storage, path: str, source: Any) -> None:
+        self._storage = storage
+        self._path = path
+        self._source = source
+
+    def read(self, length: int = -1) -> bytes:
+        with self._storage._explained(self._path):
+            return bytes(self._source.read(length))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+def _is_clients(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was made from, comes from a remote storage's client."""
+    while error is not None:
+        if type(error).__module__.partition(".")[0] in _CLIENTS:
+            return True
+        error = error.__cause__
+    return False
+
+
+def _code(error: BaseException) -> str:
+    """The code with which S3 answered; empty if the error is not an answer."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
 
 
 def _no_bucket(path: str) -> UntwinError:

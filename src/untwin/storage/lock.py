@@ -5,31 +5,36 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from untwin.errors import OutputInUseError
+from untwin.errors import OutputInUseError, UntwinError
 from untwin.storage.files import Storage, is_remote, join, redact
 
 LOCK = "_lock.json"
+_log = logging.getLogger("untwin")
+_held: set[str] = set()
+"""Tokens of the locks that this process holds."""
 
 
-def check_unlocked(storage: Storage, folder: str) -> None:
-    """Raise OutputInUseError if a run that may be alive works in a folder."""
+def check_unlocked(storage: Storage, folder: str) -> bool:
+    """Whether a dead run's lock lies in a folder; raise OutputInUseError if a run that may be alive works there."""
     path = join(folder, LOCK)
     if not storage.exists(path):
-        return
+        return False
     try:
         held = json.loads(storage.read_bytes(path))
     except (FileNotFoundError, ValueError):
         held = None
     if held is None or _is_dead(held):
-        return
+        return True
     raise OutputInUseError(
         f"{redact(folder)}: a run works on it: host {held.get('host')}, process {held.get('pid')}, started "
         f"{held.get('started')}; wait for it, or choose another folder. If that process is gone for sure, remove {LOCK}"
@@ -50,20 +55,27 @@ def locked(storage: Storage, folder: str) -> Iterator[None]:
     if is_remote(folder):
         content = json.dumps(mine).encode()
         if not storage.create(path, content):
-            check_unlocked(storage, folder)
-            storage.remove(path)
+            if check_unlocked(storage, folder):
+                storage.remove(path)
             if not storage.create(path, content):
                 raise OutputInUseError(f"{redact(folder)}: another run has just begun there; wait for it")
     else:
         with _guarded(folder):
             check_unlocked(storage, folder)
             storage.write_json(path, mine)
+    _held.add(mine["token"])
     try:
         yield
     finally:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            if storage.exists(path) and storage.read_json(path) == mine:
+        _held.discard(mine["token"])
+        try:
+            if storage.read_json(path) == mine:
                 storage.remove(path)
+        except FileNotFoundError:
+            pass
+        except (UntwinError, OSError) as error:
+            # what went wrong before, if anything did, is what the user has to hear
+            _log.warning("%s: could not be removed (%s); the next run on this host takes it over", redact(path), error)
 
 
 @contextlib.contextmanager
@@ -89,6 +101,7 @@ def _mine() -> dict[str, Any]:
         "process_started": _process_start(os.getpid()),
         "boot": _boot(),
         "pid_namespace": _pid_namespace(),
+        "token": uuid.uuid4().hex,
     }
 
 
@@ -100,7 +113,9 @@ def _is_dead(held: dict[str, Any]) -> bool:
         return True
     if held.get("pid_namespace") != _pid_namespace():
         return False
-    return _process_start(int(held.get("pid", 0))) != held.get("process_started")
+    if _process_start(int(held.get("pid", 0))) != held.get("process_started"):
+        return True
+    return held.get("pid") == os.getpid() and "token" in held and held["token"] not in _held
 
 
 def _process_start(pid: int) -> str:
