@@ -32,12 +32,14 @@ class FileFacts:
         group_rows: Rows of each piece that can be read alone (Parquet row group, chunk of lines or rows).
         group_starts: Position of each piece in the file: a byte for text, a row number otherwise.
         group_bytes: Encoded bytes of each piece.
+        problem: Why the file is left out, as without rows; empty for a file that is used.
     """
 
     schema: pa.Schema
     group_rows: tuple[int, ...]
     group_starts: tuple[int, ...]
     group_bytes: tuple[int, ...]
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,13 @@ def naming_file(path: str) -> Iterator[None]:
     """Turn a reader's error into one that names the file."""
     try:
         yield
-    except (UntwinError, GeneratorExit, MemoryError):
+    except (UntwinError, GeneratorExit):
         raise
+    except MemoryError as error:
+        raise DamagedFileError(
+            f"{redact(path)}: cannot be read: it asks for more memory than there is ({error}); it is damaged, or this "
+            "machine is too small for it"
+        ) from error
     except (pa.ArrowException, OSError, ValueError, EOFError) as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DamagedFileError(
@@ -126,8 +133,9 @@ class ParquetFormat:
             metadata = parquet.metadata
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             rows = tuple(group.num_rows for group in groups)
+            _check_counts(file.path, metadata.num_rows, groups)
             starts = (0, *np.cumsum(rows).tolist())[: len(rows)]
-            sizes = tuple(group.total_byte_size for group in groups)
+            sizes = tuple(max(0, group.total_byte_size) for group in groups)
             if len(groups) == 1:
                 sizes = (file.size,)
             elif sum(sizes):
@@ -144,18 +152,39 @@ class ParquetFormat:
         with (
             naming_file(span.path),
             storage.open(span.path) as source,
-            pq.ParquetFile(source, pre_buffer=False, buffer_size=0 if small else PAGE_BUFFER) as parquet,
+            pq.ParquetFile(
+                source, pre_buffer=False, buffer_size=0 if small else PAGE_BUFFER, page_checksum_verification=True
+            ) as parquet,
         ):
             if small:
                 table = parquet.read_row_groups(groups, columns=names, use_threads=False)
                 _expect_rows(span, table.num_rows)
+                # what is computed with must be sound; what is only copied may be anything
+                table.validate(full=names is not None)
                 yield from table.to_batches()
                 return
             seen = 0
             for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=names, use_threads=False):
                 seen += batch.num_rows
+                batch.validate(full=names is not None)
                 yield batch
             _expect_rows(span, seen)
+
+
+def _check_counts(path: str, n_rows: int, groups: Sequence[pq.RowGroupMetaData]) -> None:
+    """Raise DamagedFileError if the row counts of a footer contradict each other."""
+    found = [group.num_rows for group in groups]
+    if min(found, default=0) < 0 or sum(found) != n_rows:
+        raise DamagedFileError(
+            f"{redact(path)}: its footer says {n_rows} rows, its row groups {found[:5]}; it is damaged"
+        )
+    for group in groups:
+        # a list has at least one value a row, if only a null
+        if group.num_columns and group.column(0).num_values < group.num_rows:
+            raise DamagedFileError(
+                f"{redact(path)}: a row group of {group.num_rows} rows has a column of {group.column(0).num_values} "
+                "values; the file is damaged"
+            )
 
 
 def _expect_rows(span: Span, found: int) -> None:
