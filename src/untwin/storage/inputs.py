@@ -246,6 +246,7 @@ class JsonLinesFormat:
                         f"{redact(path)}: row {first_row + offset} is not JSON ({reason})"
                     ) from error
             raise
+        table.validate(full=True)  # the parser takes text as it is
         if table.num_rows != len(lines):
             raise DamagedFileError(f"{redact(path)}: rows {first_row} and after: more than one object on a line")
         return table
