@@ -119,12 +119,21 @@ def _kind(column_type):
     )
 
 
+def _read(path):
+    """A file's rows; text other than ids as bytes, because damaged text is kept as it is."""
+    table = pq.ParquetFile(path).read()
+    for index, column in enumerate(table.schema):
+        if pa.types.is_string(column.type) and column.name != "id":
+            table = table.set_column(index, column.name, table.column(index).cast(pa.binary()))
+    return table
+
+
 def judge(paths, options):
     """Read Parquet files in order, and say of each row whether it can be judged, by the words of the documentation."""
     found = Judgement([])
     kinds, widths = set(), set()
     for path in paths:
-        table = pq.ParquetFile(path).read()
+        table = _read(path)
         kinds.add(_kind(table.schema.field("id").type))
         if "embedding" not in table.column_names:
             found.errors.add("SchemaError")
@@ -229,7 +238,7 @@ def _readable(values):
 
 def _all_rows(folder):
     files = sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
-    return [row for path in files for row in pq.ParquetFile(path).read().to_pylist()]
+    return [row for path in files for row in _read(path).to_pylist()]
 
 
 def check_output(output, given, options, skipped=()):

@@ -117,6 +117,12 @@ def naming_file(path: str) -> Iterator[None]:
         ) from error
 
 
+def _named(schema: pa.Schema) -> pa.Schema:
+    """The schema, whose columns have names: a damaged one may be no text, which is a ValueError here."""
+    _ = schema.names
+    return schema
+
+
 class ParquetFormat:
     """Parquet files; a piece is a row group."""
 
@@ -140,7 +146,7 @@ class ParquetFormat:
                 sizes = (file.size,)
             elif sum(sizes):
                 sizes = tuple(size * file.size // sum(sizes) for size in sizes)
-            return FileFacts(parquet.schema_arrow, rows, tuple(starts), sizes)
+            return FileFacts(_named(parquet.schema_arrow), rows, tuple(starts), sizes)
 
     def read(
         self, storage: Storage, span: Span, columns: Sequence[str] | None, batch_rows: int
@@ -212,7 +218,7 @@ class JsonLinesFormat:
         with naming_file(file.path):
             for start, lines in self._chunks(storage, file.path, 0, file.size):
                 if not rows:
-                    schema = _schema_of(lines[:1000])
+                    schema = _named(_schema_of(lines[:1000]))
                 starts.append(start)
                 rows.append(len(lines))
         sizes = tuple(np.diff([*starts, file.size]).tolist())
@@ -373,9 +379,16 @@ class NpyFormat:
 
     def _header(self, storage: Storage, path: str) -> tuple[tuple[int, int], np.dtype[Any], int]:
         with storage.open(path) as source:
-            version = np.lib.format.read_magic(source)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(source)
+            try:
+                version = np.lib.format.read_magic(source)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = read(source)
+            except Exception as error:  # a header is a Python literal: what its parser says of damage has no end
+                raise ValueError(f"its header is damaged: {error}") from error
+            if dtype.hasobject:
+                raise SchemaError(
+                    f"{redact(path)}: holds pickled Python objects, which are never loaded; wanted are numbers"
+                )
             if len(shape) != 2 or fortran or dtype.kind != "f" or dtype.itemsize > 8 or dtype.byteorder == ">":
                 raise SchemaError(
                     f"{redact(path)}: holds {dtype} of shape {shape}"
@@ -399,7 +412,7 @@ class NpyFormat:
             storage.open(metadata_path) as source,
             pq.ParquetFile(source) as parquet,
         ):
-            schema, metadata_rows = parquet.schema_arrow, parquet.metadata.num_rows
+            schema, metadata_rows = _named(parquet.schema_arrow), parquet.metadata.num_rows
         if metadata_rows != n_rows:
             raise DamagedFileError(
                 f"{redact(file.path)}: {n_rows} rows, but {redact(metadata_path)} has {metadata_rows}"
@@ -437,19 +450,26 @@ class NpyFormat:
     ) -> Iterator[pa.RecordBatch]:
         low, high = span.row_in_file, span.row_in_file + span.n_rows
         position = 0
+        path = self.metadata_path(storage, span.path)
         with (
-            storage.open(self.metadata_path(storage, span.path)) as source,
-            pq.ParquetFile(source, pre_buffer=False, buffer_size=PAGE_BUFFER) as parquet,
+            naming_file(path),
+            storage.open(path) as source,
+            pq.ParquetFile(
+                source, pre_buffer=False, buffer_size=PAGE_BUFFER, page_checksum_verification=True
+            ) as parquet,
         ):
+            full = columns is not None
             if columns == []:
                 columns = parquet.schema_arrow.names[:1]
             for batch in parquet.iter_batches(batch_rows, columns=columns, use_threads=False):
+                batch.validate(full=full)
                 start, end = max(low, position), min(high, position + batch.num_rows)
                 if start < end:
                     yield batch.slice(start - position, end - start)
                 position += batch.num_rows
                 if position >= high:
                     return
+            raise DamagedFileError(f"{redact(path)}: {position} rows where its footer says more; the file is damaged")
 
 
 FORMATS: dict[str, InputFormat] = {
