@@ -438,9 +438,10 @@ def _check_schemas(
         id_kind = fact.schema.field(fields.id_field).type
         found = ids if pa.types.is_null(id_kind) else id_type(id_kind)
         if found is None and not pa.types.is_null(id_kind):
+            elsewhere = f"; in {redact(ids_path)} it is {ids}" if ids_path else ""
             raise SchemaError(
                 f"{redact(path)}: column {fields.id_field!r} has type {id_kind}; "
-                "an id is a string, an integer or fixed-size binary"
+                f"an id is a string, an integer or fixed-size binary{elsewhere}"
             )
         common = found if ids is None or found is None else common_id_type(ids, found)
         if common is None and found is not None:
