@@ -355,7 +355,7 @@ def test_all_files_bad_is_an_error_that_names_one(tmp_path, with_bad_files):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_footer_that_asks_for_more_memory_than_there_is_names_the_file(tmp_path, process):
+def test_a_page_that_asks_for_more_memory_than_there_is_names_the_file(tmp_path, process):
     """Twenty bytes of a dictionary page's header can ask for gigabytes."""
     table = pa.table({"id": ["a", "b"], "embedding": pa.array([[1.0, 0], [0, 1]], VECTORS)})
     path = Path(write_parquet(tmp_path / "in" / "a.parquet", table, compression="none"))
