@@ -121,6 +121,11 @@ def _kind(column_type):
 
 def _read(path):
     """A file's rows; text other than ids as bytes, because damaged text is kept as it is."""
+    if path.endswith(".jsonl"):
+        rows = [json.loads(line) for line in Path(path).read_text().split("\n") if line]
+        names = dict.fromkeys(name for row in rows for name in row) or ["id", "embedding"]
+        types = {"embedding": pa.list_(pa.float64())}
+        return pa.table({name: pa.array([row.get(name) for row in rows], types.get(name)) for name in names})
     table = pq.ParquetFile(path).read()
     for index, column in enumerate(table.schema):
         if pa.types.is_string(column.type) and column.name != "id":
@@ -134,7 +139,8 @@ def judge(paths, options):
     kinds, widths = set(), set()
     for path in paths:
         table = _read(path)
-        kinds.add(_kind(table.schema.field("id").type))
+        if not pa.types.is_null(table.schema.field("id").type):
+            kinds.add(_kind(table.schema.field("id").type))
         if "embedding" not in table.column_names:
             found.errors.add("SchemaError")
             continue
@@ -150,6 +156,8 @@ def judge(paths, options):
         found.errors.add("SchemaError")
     if found.errors:
         return found
+    if not found.rows:
+        found.errors.add("InputNotFoundError")
     dim = options["embedding_dim"]
     if dim and None not in widths and dim not in widths:
         found.errors.add("ParameterError")

@@ -1,5 +1,6 @@
 """Hypothesis strategies for embedding files, as good and as odd as people have them. No tests here."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,6 +83,23 @@ class InputFile:
                 start += count
         return str(path)
 
+    def write_lines(self, folder):
+        """Write it as JSON lines, in which what JSON cannot say is null, and nulls of other columns may be left out."""
+        path = Path(folder) / f"{self.name.rpartition('.')[0]}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for number, row in enumerate(self.table.drop_columns(list({"day"} & {*self.table.column_names})).to_pylist()):
+            if row.get("embedding") is not None:
+                row["embedding"] = [float(x) if x is not None and np.isfinite(x) else None for x in row["embedding"]]
+            values = {
+                name: value
+                for name, value in row.items()
+                if value is not None or number % 2 or name in ("id", "embedding", "size")
+            }
+            lines.append(json.dumps(values, ensure_ascii=number % 3 == 0) + ("\n\n" if number % 5 == 0 else "\n"))
+        path.write_text("".join(lines), newline="")
+        return str(path)
+
 
 @dataclass(frozen=True)
 class EmbeddingFiles:
@@ -93,7 +111,8 @@ class EmbeddingFiles:
     def write(self, folder):
         """Write all files; their paths, in the order in which rows count."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        return sorted(file.write(folder) for file in self.files)
+        lines = self.options.get("input_filetype") == "jsonl"
+        return sorted(file.write_lines(folder) if lines else file.write(folder) for file in self.files)
 
 
 def vector(kind, base, rng):
@@ -281,4 +300,6 @@ def embedding_files(draw):
         "workers": draw(st.sampled_from([1, 2])),
         "seed": draw(st.sampled_from([42, 7])),
     }
+    if id_kinds[0] in ("string", "int32", "int64") and draw(st.sampled_from([False, False, False, True])):
+        options["input_filetype"] = "jsonl"
     return EmbeddingFiles(files, options)
