@@ -288,10 +288,14 @@ def _parse_lines(lines: list[bytes], columns: Sequence[str] | None) -> pa.Table:
             if columns is None
             else [table.schema.field(name) for name in columns if name in table.column_names]
         )
-        as_text = pa.schema([(field.name, pa.string()) for field in types if pa.types.is_timestamp(field.type)])
-        if len(as_text):  # text that looks like a date stays text
+        # text that looks like a date stays text; and Arrow loses a null at the beginning of the first list with a
+        # value, unless it is told the type
+        told = [(field.name, pa.string()) for field in types if pa.types.is_timestamp(field.type)]
+        told += [(field.name, field.type) for field in types if not _is_sound(table.column(field.name))]
+        if told:
             content.seek(0)
-            table = pj.read_json(content, read_options=options, parse_options=pj.ParseOptions(explicit_schema=as_text))
+            explicit = pj.ParseOptions(explicit_schema=pa.schema(told))
+            table = pj.read_json(content, read_options=options, parse_options=explicit)
     except pa.ArrowInvalid as error:
         # a column, wanted or not, has values of different types: read the wanted ones, with types found by hand
         if columns is None:
@@ -306,6 +310,14 @@ def _parse_lines(lines: list[bytes], columns: Sequence[str] | None) -> pa.Table:
     for name in missing:
         table = table.append_column(name, pa.nulls(table.num_rows))
     return _floats(table.select(list(columns)))
+
+
+def _is_sound(column: pa.ChunkedArray) -> bool:
+    try:
+        column.validate()
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _schema_of(lines: list[bytes]) -> pa.Schema:
