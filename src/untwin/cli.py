@@ -189,6 +189,11 @@ def _shared_options(command: F) -> F:
     help="The same id with different vectors: stop, or keep the first.",
 )
 @click.option(
+    "--skip-bad-files",
+    is_flag=True,
+    help="Read all files first, list those that cannot be read in rejected/, and go on without them.",
+)
+@click.option(
     "--kept",
     type=click.Choice(["compact", "mirror", "none"]),
     default="compact",
@@ -432,6 +437,7 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
         ),
         f"rejected    {result.n_rejected:>14,}",
         *[f"  {reason}: {count:,}" for reason, count in rows["rejected_reasons"].items()],
+        *([f"skipped     {result.n_skipped_files:>14,}  files that cannot be read"] if result.n_skipped_files else []),
         *([f"reused      {result.n_reused:>14,}  units of an interrupted run"] if result.n_reused else []),
         f"time        {result.seconds:>12,.1f} s   peak memory {result.peak_memory / 1e6:,.0f} MB",
         "",

@@ -239,6 +239,23 @@ def test_a_json_file_without_a_single_embedding_is_rejected_rows_not_an_error(tm
     assert ids_of(tmp_path / "out" / "rejected") == ["x", "y"]
 
 
+@pytest.mark.parametrize("first", ["null, 0.5", "null, null, 1"])
+def test_a_null_at_the_beginning_of_the_first_vector_of_json_lines_moves_no_value(tmp_path, first):
+    rest = [
+        f'{{"id": "{name}", "embedding": {v}}}' for name, v in zip(twin_ids(), twin_vectors().tolist(), strict=True)
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join([f'{{"id": "bad", "embedding": [{first}]}}', *rest]))
+    result = run(str(tmp_path / "in.jsonl"), tmp_path / "out", input_filetype="jsonl", embedding_dim=8)
+    assert result.n_rejected == 1
+    assert witnesses(tmp_path / "out") == TWINS
+    stored = read_folder(tmp_path / "out" / "kmeans").sort_by("_row")
+    assert np.allclose(
+        stored["embedding"].to_pylist(),
+        twin_vectors() / np.linalg.norm(twin_vectors(), axis=1, keepdims=True),
+        atol=1e-6,
+    )
+
+
 def test_json_integer_ids_and_whole_number_vectors(tmp_path):
     lines = [json.dumps({"id": i, "embedding": [i % 3 == 0, i % 3 == 1, i % 3 == 2]}) for i in range(6)]
     text = "\n".join(lines).replace("true", "1").replace("false", "0")

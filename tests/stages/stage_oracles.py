@@ -72,17 +72,6 @@ def matrix(column):
     return np.array(column.to_pylist(), np.float64)
 
 
-def ranked_rows(rows, keys, directions):
-    """Positions of rows in the order of (value, id): all directions; None last; ties by id as the last column."""
-    order = sorted(range(len(rows)), key=lambda at: rows[at]["id"], reverse=not directions[-1])
-    for key, ascending in reversed(list(zip(keys, directions, strict=True))):
-        known = [at for at in order if rows[at][key] is not None]
-        known.sort(key=lambda at, key=key: rows[at][key], reverse=not ascending)
-        # list.sort(reverse=True) keeps the order of equal items, too
-        order = known + [at for at in order if rows[at][key] is None]
-    return order
-
-
 def all_pairs(ids, vectors, eps=None, compare_to="ranked"):
     """The definition: one row after the other, against every better-ranked row."""
     X = np.asarray(vectors, np.float64)

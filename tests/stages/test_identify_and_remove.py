@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stage_oracles import all_pairs, planted, ranked_rows, read_clusters
+from stage_oracles import all_pairs, planted, read_clusters
 
+from oracle import ranked_rows
 from untwin.backends.local import LocalExecutor
 from untwin.errors import InputNotFoundError, OutputExistsError, ParameterError, SchemaError
 from untwin.pipeline import Pipeline

@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stage_oracles import all_pairs, assert_same_matches, planted, ranked_rows
+from stage_oracles import all_pairs, assert_same_matches, planted
 
+from oracle import ranked_rows
 from untwin.backends.local import LocalExecutor
 from untwin.errors import DamagedFileError, InputNotFoundError, OutputExistsError, ParameterError, SchemaError
 from untwin.pipeline import Pipeline

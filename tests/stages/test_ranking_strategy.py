@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stage_oracles import ranked_rows
 
+from oracle import ranked_rows
 from untwin.errors import ParameterError, SchemaError
 from untwin.stages.ranking import RankingStrategy
 

@@ -12,12 +12,12 @@ from stage_oracles import (
     assert_same_matches,
     matrix,
     planted,
-    ranked_rows,
     read_clusters,
     unit,
     write_like_curator,
 )
 
+from oracle import ranked_rows
 from untwin.errors import OutputExistsError, ParameterError
 from untwin.pipeline import Pipeline
 from untwin.stages.kmeans import KMeansStage

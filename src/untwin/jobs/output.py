@@ -23,7 +23,7 @@ _OURS = re.compile(
     r"kmeans/(?:_centroids\.npy|_work/.*|centroid=\d+/part-\d+\.parquet)|"
     r"pairwise/(?:cluster_\d+\.parquet|_rows/unit-\d+\.npy|_work/.*)|"
     r"duplicates/(?:part-\d+\.parquet|_kept\.bits|_work/.*)|"
-    r"rejected/(?:invalid|repeated)-\d+\.parquet|"
+    r"rejected/(?:invalid|repeated|files)-\d+\.parquet|"
     r"kept/(?:part-\d+(?:_\d+)?\.(?:parquet|jsonl|ndjson)|(?:img_emb|metadata)_\d+\.(?:npy|parquet)|_work/.*)|"
     rf"(?:[^/]+/)*{_TEMPORARY})"
 )
@@ -126,6 +126,13 @@ class OutputFolder:
                 "or give --overwrite to remove that run and start anew"
             )
         return plan, run
+
+    def known_listing(self, answer: Mapping[str, Any]) -> Listing | None:
+        """The listing of a run with these parameters that is here, finished or not."""
+        if not self.storage.exists(self.plan_path):
+            return None
+        same = self.storage.read_json(self.plan_path).get("parameters") == answer
+        return Listing.read(self.storage, self.listing_path) if same else None
 
     def resume(self, *, known: bool) -> Ledger:
         """What is done of a run here; files of ours that no finished unit lists are removed.

@@ -47,6 +47,7 @@ class RunParameters:
         input_filetype: `parquet`, `jsonl` or `npy`.
         embedding_dim: Wanted length of the embeddings; None takes the commonest.
         on_repeated_id: `error` or `first`.
+        skip_bad_files: Read every file before the run, and go on without those that cannot be read.
         kept: `compact`, `mirror` or `none`.
         drop_intermediate: Remove `kmeans/` and `pairwise/` at the end.
         audit: Measure what was missed at the end; never changes the answer.
@@ -68,6 +69,7 @@ class RunParameters:
     input_filetype: str = "parquet"
     embedding_dim: int | None = None
     on_repeated_id: str = "error"
+    skip_bad_files: bool = False
     kept: str = "compact"
     drop_intermediate: bool = False
     audit: bool = False
@@ -126,6 +128,7 @@ class RunParameters:
             "input_filetype": self.input_filetype,
             "embedding_dim": self.embedding_dim,
             "on_repeated_id": self.on_repeated_id,
+            "skip_bad_files": self.skip_bad_files,
             "kept": self.kept,
             "drop_intermediate": self.drop_intermediate,
         }

@@ -81,6 +81,7 @@ def describe_input(listing: Listing, parameters: RunParameters) -> dict[str, Any
         "path": [redact(path) for path in parameters.inputs],
         "digest": listing.digest(),
         "files": listing.files.num_rows,
+        "skipped_files": len(listing.skipped),
         "bytes": listing.n_bytes,
         "rows": listing.n_rows,
         "dim": listing.dim,
@@ -213,6 +214,25 @@ def result_files(outcome: Outcome, folder: OutputFolder) -> dict[str, list[str]]
         "rejected": _rejected_files(outcome),
     }
     return {name: [path[len(folder.path) :].lstrip("/") for path in paths] for name, paths in found.items()}
+
+
+def write_skipped(listing: Listing, folder: OutputFolder) -> list[str]:
+    """List the files that are skipped in `rejected/`, a row each; the file's name, relative to the folder, if any."""
+    if not listing.skipped:
+        return []
+    name = "rejected/files-000000.parquet"
+    paths, problems = list(listing.skipped), list(listing.skipped.values())
+    table = pa.table(
+        {
+            "id": pa.nulls(len(paths), listing.id_type),
+            "file": pa.array([redact(path) for path in paths], pa.string()),
+            "row": pa.nulls(len(paths), pa.int64()),
+            "reason": pa.array([f"file skipped: {problem}" for problem in problems], pa.string()),
+        }
+    )
+    with folder.storage.writing(folder.file(name), durable=True) as sink:
+        pq.write_table(table, sink, compression="zstd")
+    return [name]
 
 
 def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder) -> None:

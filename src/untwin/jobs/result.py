@@ -201,6 +201,11 @@ class RunResult:
         )
 
     @property
+    def n_skipped_files(self) -> int:
+        """Files that could not be read and were skipped (`skip_bad_files`); their rows count nowhere."""
+        return int(self.run["input"].get("skipped_files", 0))
+
+    @property
     def n_reused(self) -> int:
         """Units of work that were taken over from a run that was interrupted."""
         return sum(stage.reused for stage in self.timings)

@@ -17,7 +17,15 @@ from untwin.errors import OutputExistsError, ParameterError, ResourceError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
 from untwin.jobs.recall import measure_recall
-from untwin.jobs.record import check_every_row, describe_input, now, resources, result_files, run_record
+from untwin.jobs.record import (
+    check_every_row,
+    describe_input,
+    now,
+    resources,
+    result_files,
+    run_record,
+    write_skipped,
+)
 from untwin.jobs.result import RunResult
 from untwin.pipeline import Pipeline
 from untwin.plan import Plan, make_plan
@@ -78,8 +86,11 @@ class PreparedRun:
     @property
     def summary(self) -> str:
         """One line: rows, dimension, clusters, and the disk and memory that the run will take."""
+        n_skipped = len(self.listing.skipped)
+        skipped = f" ({n_skipped:,} more cannot be read, and are skipped)" if n_skipped else ""
         return (
-            f"{self.plan.n_rows:,} rows in {self.listing.files.num_rows:,} files, dimension {self.plan.dim}, "
+            f"{self.plan.n_rows:,} rows in {self.listing.files.num_rows - n_skipped:,} files{skipped}, "
+            f"dimension {self.plan.dim}, "
             f"{self.plan.n_clusters:,} clusters; up to {show_bytes(self.disk_bytes)} of disk and "
             f"{show_bytes(min(self.executor.memory, self.needed_memory))} of memory for the data"
         )
@@ -163,6 +174,7 @@ class PreparedRun:
             resources=resources(self.executor),
         )
         record["files"] = result_files(outcome, folder)
+        record["files"]["rejected"] += write_skipped(self.listing, folder)
         record["seconds"] = round(time.perf_counter() - started, 3)
         folder.abort_uploads()
         folder.storage.write_json(folder.run_path, record)
@@ -331,6 +343,9 @@ def prepare(parameters: RunParameters, executor: LocalExecutor, *, overwrite: bo
         filetype=parameters.input_filetype,
         exclude=excluded,
         dim=parameters.embedding_dim,
+        skip_bad_files=parameters.skip_bad_files,
+        # what was read through once need not be again
+        known=folder.known_listing(parameters.answer()) if parameters.skip_bad_files and not overwrite else None,
     )
     parameters.ranking().check_types(dict(zip(parameters.carried_fields, listing.metadata_types, strict=True)))
     plan = make_plan(listing.groups().rows, dim=listing.dim, n_clusters=parameters.n_clusters)
@@ -365,6 +380,7 @@ def deduplicate(
     input_filetype: str = "parquet",
     embedding_dim: int | None = None,
     on_repeated_id: str = "error",
+    skip_bad_files: bool = False,
     kept: str = "compact",
     drop_intermediate: bool = False,
     audit: bool = False,
@@ -393,6 +409,8 @@ def deduplicate(
         input_filetype: `parquet`, `jsonl` or `npy`.
         embedding_dim: Wanted length of the embeddings; None takes the commonest.
         on_repeated_id: `error` or `first`, for the same id with different vectors.
+        skip_bad_files: Read every file through before the run, list those that cannot be read in `rejected/`, and go
+            on without them.
         kept: `compact` files of about 256 MB, `mirror` the input's files, or `none`.
         drop_intermediate: Remove `kmeans/` and `pairwise/` at the end.
         audit: Measure at the end what was missed at the borders of clusters, as `untwin.audit` does.
@@ -428,6 +446,7 @@ def deduplicate(
         input_filetype=input_filetype,
         embedding_dim=embedding_dim,
         on_repeated_id=on_repeated_id,
+        skip_bad_files=skip_bad_files,
         kept=kept,
         drop_intermediate=drop_intermediate,
         audit=audit,
@@ -455,6 +474,7 @@ def parameters_of(run: Mapping[str, Any], storage_options: Mapping[str, Any]) ->
         input_filetype=saved["input_filetype"],
         embedding_dim=saved["embedding_dim"],
         on_repeated_id=saved["on_repeated_id"],
+        skip_bad_files=saved.get("skip_bad_files", False),
         kept=saved["kept"],
         drop_intermediate=saved["drop_intermediate"],
         storage_options=storage_options,

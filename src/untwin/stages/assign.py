@@ -23,8 +23,8 @@ from untwin.stages.clustering import (
 )
 from untwin.stages.ids import hash_ids
 from untwin.stages.tasks import CentroidsTask, InputTask, ShardsTask
-from untwin.storage.columns import Reason, decode_ids, decode_vectors
-from untwin.storage.files import join, redact
+from untwin.storage.columns import Reason, decode_vectors
+from untwin.storage.files import join
 from untwin.storage.partitions import read_array
 from untwin.storage.rows import RowBatch, read_rows
 from untwin.storage.shards import write_batches, write_shard
@@ -110,9 +110,9 @@ class _ShardWriter:
     def add(self, rows: RowBatch) -> None:
         job = self._job
         fields = job.fields
-        ids = decode_ids(rows.columns.column(fields.id_field), job.listing.id_type)
+        ids = job.ids(rows)
         bad_ids = ids.is_null().to_numpy(zero_copy_only=False) if ids.null_count else None
-        judged = unit_vectors(decode_vectors(rows.columns.column(fields.embedding_field), self._facts.dim), bad_ids)
+        judged = unit_vectors(decode_vectors(job.embeddings(rows), self._facts.dim), bad_ids)
         wrong = np.flatnonzero(judged.reasons != Reason.OK)
         if len(wrong):
             self._rejected.add(ids.take(pa.array(wrong)), rows.first_row + wrong, judged.reasons[wrong])
@@ -139,9 +139,8 @@ class _ShardWriter:
                     arrays.append(pa.array((1.0 - cosine).astype(np.float32)))
                 case "_row":
                     arrays.append(pa.array(rows.first_row + judged.positions))
-                case name:
-                    column = rows.columns.column(name)
-                    column = self._cast(column, field, rows.first_row)
+                case _:
+                    column = self._cast(rows, field)
                     arrays.append(column if everything else column.take(chosen))
         self._sides.append(pa.record_batch(arrays, schema=pa.schema(job.side_fields)))
         self._keys.append(
@@ -159,16 +158,16 @@ class _ShardWriter:
         self._labels.append(labels)
         self._sums += sq_dist.sum(), cosine.sum()
 
-    def _cast(self, column: pa.Array, field: pa.Field, first_row: int) -> pa.Array:
+    def _cast(self, rows: RowBatch, field: pa.Field) -> pa.Array:
+        column = rows.columns.column(field.name)
         if column.type.equals(field.type):
             return column
         try:
             return column.cast(field.type)
         except pa.ArrowException as error:
-            (path,), (row,) = self._job.listing.locate(np.array([first_row]))
             raise SchemaError(
-                f"{redact(path)}: column {field.name!r} is {field.type} in the first rows of the input, but "
-                f"{column.type} from row {row} on ({error}); bring it to one type"
+                f"{self._job.place(rows)}: column {field.name!r} is {column.type} where it was {field.type} ({error}); "
+                "bring it to one type"
             ) from error
 
     def _flush(self) -> None:

@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from untwin.core import normalize
+from untwin.errors import SchemaError
 from untwin.plan import Plan
 from untwin.stages.tasks import InputTask
-from untwin.storage.columns import RawVectors, Reason
+from untwin.storage.columns import RawVectors, Reason, decode_ids, embedding_dim
 from untwin.storage.files import Storage, join, redact
 from untwin.storage.listing import Fields, Groups, Listing
 from untwin.storage.partitions import ROW
-from untwin.storage.rows import batch_rows
+from untwin.storage.rows import RowBatch, batch_rows
 
 SAMPLE_SEED, IDS_SEED_1, IDS_SEED_2, VECTORS_SEED, EXAMPLES_SEED, AUDIT_SEED = 1, 2, 3, 4, 5, 6
 """Added to the user's seed, or used as they are, so that no two purposes share a hash."""
@@ -62,6 +63,32 @@ class Clustering:
     def batch_rows(self, dim: int) -> int:
         """Rows that are read and assigned at a time."""
         return min(batch_rows(dim), self.max_batch_rows)
+
+    def ids(self, rows: RowBatch) -> pa.Array:
+        """The ids of a batch, in the type in which they are written; SchemaError where they are of another kind."""
+        column = rows.columns.column(self.fields.id_field)
+        try:
+            return decode_ids(column, self.listing.id_type)
+        except pa.ArrowException as error:
+            raise SchemaError(
+                f"{self.place(rows)}: column {self.fields.id_field!r} is {column.type} where it was "
+                f"{self.listing.id_type} ({error}); bring the ids to one type"
+            ) from error
+
+    def embeddings(self, rows: RowBatch) -> pa.Array:
+        """The embeddings of a batch; SchemaError where they are no lists of floating-point numbers."""
+        column = rows.columns.column(self.fields.embedding_field)
+        try:
+            if not pa.types.is_null(column.type):
+                embedding_dim(column.type)
+        except SchemaError as error:
+            raise SchemaError(f"{self.place(rows)}: column {self.fields.embedding_field!r} {error}") from None
+        return column
+
+    def place(self, rows: RowBatch) -> str:
+        """Where a batch begins, for messages."""
+        (path,), (row,) = self.listing.locate(np.array([rows.first_row]))
+        return f"{redact(path)}, from row {row} on"
 
     def input_units(self) -> list[InputTask]:
         """The units of input that the plan made."""

@@ -13,7 +13,7 @@ from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.stages.clustering import SAMPLE_SEED, Clustering
 from untwin.stages.ids import hash_ids
 from untwin.stages.tasks import InputTask, SampleTask
-from untwin.storage.columns import decode_ids, decode_vectors, list_lengths
+from untwin.storage.columns import decode_vectors, list_lengths
 from untwin.storage.rows import read_rows
 from untwin.storage.sample import sample_batch, write_sample
 
@@ -54,7 +54,7 @@ class SampleStage(Stage):
         names = [job.fields.id_field, job.fields.embedding_field]
         size = job.batch_rows(job.plan.dim)
         for rows in read_rows(job.source, job.listing.format, spans, names, size):
-            ids = decode_ids(rows.columns.column(names[0]), job.listing.id_type)
+            ids = job.ids(rows)
             hashes = hash_ids(ids, job.seed + SAMPLE_SEED)
             chosen = np.ones(len(ids), np.bool_) if share >= 1 else hashes <= bound
             if ids.null_count:
@@ -62,7 +62,7 @@ class SampleStage(Stage):
             picked = np.flatnonzero(chosen)
             if not len(picked):
                 continue
-            column = rows.columns.column(names[1])
+            column = job.embeddings(rows)
             lengths = list_lengths(column)
             for dim in {job.dim} if job.dim else set(np.unique(lengths[picked]).tolist()) - {0}:
                 here = picked[lengths[picked] == dim]

@@ -34,12 +34,14 @@ class FileFacts:
         group_rows: Rows of each piece that can be read alone (Parquet row group, chunk of lines or rows).
         group_starts: Position of each piece in the file: a byte for text, a row number otherwise.
         group_bytes: Encoded bytes of each piece.
+        problem: Why the file is left out, as without rows; empty for a file that is used.
     """
 
     schema: pa.Schema
     group_rows: tuple[int, ...]
     group_starts: tuple[int, ...]
     group_bytes: tuple[int, ...]
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,24 @@ def naming_file(path: str) -> Iterator[None]:
     """Turn a reader's error into one that names the file."""
     try:
         yield
-    except (UntwinError, GeneratorExit, MemoryError):
+    except (UntwinError, GeneratorExit):
         raise
+    except MemoryError as error:
+        raise DamagedFileError(
+            f"{redact(path)}: cannot be read: it asks for more memory than there is ({error}); it is damaged, or this "
+            "machine is too small for it"
+        ) from error
     except (pa.ArrowException, OSError, ValueError, EOFError) as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DamagedFileError(
             f"{redact(path)}: cannot be read ({text}); repair or remove the file, then run again"
         ) from error
+
+
+def _named(schema: pa.Schema) -> pa.Schema:
+    """The schema, whose columns have names: a damaged one may be no text, which is a ValueError here."""
+    _ = schema.names
+    return schema
 
 
 class ParquetFormat:
@@ -128,13 +141,14 @@ class ParquetFormat:
             metadata = parquet.metadata
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             rows = tuple(group.num_rows for group in groups)
+            _check_counts(file.path, metadata.num_rows, groups)
             starts = (0, *np.cumsum(rows).tolist())[: len(rows)]
-            sizes = tuple(group.total_byte_size for group in groups)
+            sizes = tuple(max(0, group.total_byte_size) for group in groups)
             if len(groups) == 1:
                 sizes = (file.size,)
             elif sum(sizes):
                 sizes = tuple(size * file.size // sum(sizes) for size in sizes)
-            return FileFacts(parquet.schema_arrow, rows, tuple(starts), sizes)
+            return FileFacts(_named(parquet.schema_arrow), rows, tuple(starts), sizes)
 
     def read(
         self, storage: Storage, span: Span, columns: Sequence[str] | None, batch_rows: int
@@ -146,18 +160,39 @@ class ParquetFormat:
         with (
             naming_file(span.path),
             storage.open(span.path) as source,
-            pq.ParquetFile(source, pre_buffer=False, buffer_size=0 if small else PAGE_BUFFER) as parquet,
+            pq.ParquetFile(
+                source, pre_buffer=False, buffer_size=0 if small else PAGE_BUFFER, page_checksum_verification=True
+            ) as parquet,
         ):
             if small:
                 table = parquet.read_row_groups(groups, columns=names, use_threads=False)
                 _expect_rows(span, table.num_rows)
+                # what is computed with must be sound; what is only copied may be anything
+                table.validate(full=names is not None)
                 yield from table.to_batches()
                 return
             seen = 0
             for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=names, use_threads=False):
                 seen += batch.num_rows
+                batch.validate(full=names is not None)
                 yield batch
             _expect_rows(span, seen)
+
+
+def _check_counts(path: str, n_rows: int, groups: Sequence[pq.RowGroupMetaData]) -> None:
+    """Raise DamagedFileError if the row counts of a footer contradict each other."""
+    found = [group.num_rows for group in groups]
+    if min(found, default=0) < 0 or sum(found) != n_rows:
+        raise DamagedFileError(
+            f"{redact(path)}: its footer says {n_rows} rows, its row groups {found[:5]}; it is damaged"
+        )
+    for group in groups:
+        # a list has at least one value a row, if only a null
+        if group.num_columns and group.column(0).num_values < group.num_rows:
+            raise DamagedFileError(
+                f"{redact(path)}: a row group of {group.num_rows} rows has a column of {group.column(0).num_values} "
+                "values; the file is damaged"
+            )
 
 
 def _expect_rows(span: Span, found: int) -> None:
@@ -185,7 +220,7 @@ class JsonLinesFormat:
         with naming_file(file.path):
             for start, lines in self._chunks(storage, file.path, 0, file.size):
                 if not rows:
-                    schema = _schema_of(lines[:1000])
+                    schema = _named(_schema_of(lines[:1000]))
                 starts.append(start)
                 rows.append(len(lines))
         sizes = tuple(np.diff([*starts, file.size]).tolist())
@@ -219,6 +254,7 @@ class JsonLinesFormat:
                         f"{redact(path)}: row {first_row + offset} is not JSON ({reason})"
                     ) from error
             raise
+        table.validate(full=True)  # the parser takes text as it is
         if table.num_rows != len(lines):
             raise DamagedFileError(f"{redact(path)}: rows {first_row} and after: more than one object on a line")
         return table
@@ -254,10 +290,14 @@ def _parse_lines(lines: list[bytes], columns: Sequence[str] | None) -> pa.Table:
             if columns is None
             else [table.schema.field(name) for name in columns if name in table.column_names]
         )
-        as_text = pa.schema([(field.name, pa.string()) for field in types if pa.types.is_timestamp(field.type)])
-        if len(as_text):  # text that looks like a date stays text
+        # text that looks like a date stays text; and Arrow loses a null at the beginning of the first list with a
+        # value, unless it is told the type
+        told = [(field.name, pa.string()) for field in types if pa.types.is_timestamp(field.type)]
+        told += [(field.name, field.type) for field in types if not _is_sound(table.column(field.name))]
+        if told:
             content.seek(0)
-            table = pj.read_json(content, read_options=options, parse_options=pj.ParseOptions(explicit_schema=as_text))
+            explicit = pj.ParseOptions(explicit_schema=pa.schema(told))
+            table = pj.read_json(content, read_options=options, parse_options=explicit)
     except pa.ArrowInvalid as error:
         # a column, wanted or not, has values of different types: read the wanted ones, with types found by hand
         if columns is None:
@@ -280,6 +320,14 @@ def _parse_lines(lines: list[bytes], columns: Sequence[str] | None) -> pa.Table:
     for name in missing:
         table = table.append_column(name, pa.nulls(table.num_rows))
     return _floats(table.select(list(columns)))
+
+
+def _is_sound(column: pa.ChunkedArray) -> bool:
+    try:
+        column.validate()
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _schema_of(lines: list[bytes]) -> pa.Schema:
@@ -353,9 +401,16 @@ class NpyFormat:
 
     def _header(self, storage: Storage, path: str) -> tuple[tuple[int, int], np.dtype[Any], int]:
         with storage.open(path) as source:
-            version = np.lib.format.read_magic(source)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(source)
+            try:
+                version = np.lib.format.read_magic(source)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = read(source)
+            except Exception as error:  # a header is a Python literal: what its parser says of damage has no end
+                raise ValueError(f"its header is damaged: {error}") from error
+            if dtype.hasobject:
+                raise SchemaError(
+                    f"{redact(path)}: holds pickled Python objects, which are never loaded; wanted are numbers"
+                )
             if len(shape) != 2 or fortran or dtype.kind != "f" or dtype.itemsize > 8 or dtype.byteorder == ">":
                 raise SchemaError(
                     f"{redact(path)}: holds {dtype} of shape {shape}"
@@ -379,7 +434,7 @@ class NpyFormat:
             storage.open(metadata_path) as source,
             pq.ParquetFile(source) as parquet,
         ):
-            schema, metadata_rows = parquet.schema_arrow, parquet.metadata.num_rows
+            schema, metadata_rows = _named(parquet.schema_arrow), parquet.metadata.num_rows
         if metadata_rows != n_rows:
             raise DamagedFileError(
                 f"{redact(file.path)}: {n_rows} rows, but {redact(metadata_path)} has {metadata_rows}"
@@ -417,19 +472,26 @@ class NpyFormat:
     ) -> Iterator[pa.RecordBatch]:
         low, high = span.row_in_file, span.row_in_file + span.n_rows
         position = 0
+        path = self.metadata_path(storage, span.path)
         with (
-            storage.open(self.metadata_path(storage, span.path)) as source,
-            pq.ParquetFile(source, pre_buffer=False, buffer_size=PAGE_BUFFER) as parquet,
+            naming_file(path),
+            storage.open(path) as source,
+            pq.ParquetFile(
+                source, pre_buffer=False, buffer_size=PAGE_BUFFER, page_checksum_verification=True
+            ) as parquet,
         ):
+            full = columns is not None
             if columns == []:
                 columns = parquet.schema_arrow.names[:1]
             for batch in parquet.iter_batches(batch_rows, columns=columns, use_threads=False):
+                batch.validate(full=full)
                 start, end = max(low, position), min(high, position + batch.num_rows)
                 if start < end:
                     yield batch.slice(start - position, end - start)
                 position += batch.num_rows
                 if position >= high:
                     return
+            raise DamagedFileError(f"{redact(path)}: {position} rows where its footer says more; the file is damaged")
 
 
 FORMATS: dict[str, InputFormat] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import posixpath
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
@@ -170,10 +170,10 @@ def _portable(schema: pa.Schema) -> pa.Schema:
     """Drop what the schema's metadata say about the number of rows (pandas' range index)."""
     metadata = dict(schema.metadata or {})
     if b"pandas" in metadata:
-        described = json.loads(metadata[b"pandas"])
-        columns = described.get("index_columns", [])
-        described["index_columns"] = [name for name in columns if isinstance(name, str)]
-        metadata[b"pandas"] = json.dumps(described).encode()
+        with suppress(ValueError, TypeError, KeyError):  # no use to anybody, and no harm, if it is not pandas' own
+            described = json.loads(metadata[b"pandas"])
+            described["index_columns"] = [name for name in described["index_columns"] if isinstance(name, str)]
+            metadata[b"pandas"] = json.dumps(described).encode()
     return schema.with_metadata(metadata or None)
 
 

@@ -8,25 +8,27 @@ import hashlib
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from untwin.errors import ChangedInputError, InputNotFoundError, ParameterError, SchemaError
+from untwin.errors import ChangedInputError, DamagedFileError, InputNotFoundError, ParameterError, SchemaError
 from untwin.storage.columns import common_id_type, embedding_dim, id_type, list_lengths, without_views
 from untwin.storage.files import FoundFile, Storage, is_remote, join, normalize_path, redact
-from untwin.storage.inputs import FileFacts, InputFormat, Span, input_format
+from untwin.storage.inputs import FileFacts, InputFormat, Span, input_format, naming_file
 
 _CURATOR_FOLDER = re.compile(r"[^_]+_embd(_[^_]+)?_parquet")
 _CURATOR_PREFIXES = {"internvideo2": "iv2", "cosmos-embed1": "ce1"}
 _PEEKED_ROWS = 1000
+_CHECKED_ROWS, _CHECKED_BYTES = 1 << 16, 8 << 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Listing:
 
     Attributes:
         files: One row a file: path, relative (below the input it was found in), size, version, rows, first_row,
-            group_rows, group_starts, group_bytes (lists, one entry a piece).
+            group_rows, group_starts, group_bytes (lists, one entry a piece), problem (why a file is skipped, as if
+            it had no rows; empty for the others).
         filetype: Name of the input format.
         id_type: Type in which ids are written.
         dim: Dimension, if the types of all files fix it, else the commonest length among the rows looked at.
@@ -72,6 +75,12 @@ class Listing:
     def n_bytes(self) -> int:
         """Bytes of all files."""
         return int(self.files["size"].to_numpy().sum()) if self.files.num_rows else 0
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Files that are skipped because they cannot be read, and why."""
+        problems = self.files.filter(pc.not_equal(self.files["problem"], ""))
+        return dict(zip(problems["path"].to_pylist(), problems["problem"].to_pylist(), strict=True))
 
     @property
     def format(self) -> InputFormat:
@@ -207,6 +216,8 @@ def list_inputs(
     extensions: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     dim: int | None = None,
+    skip_bad_files: bool = False,
+    known: Listing | None = None,
 ) -> Listing:
     """Find the input files, read their footers, and check that their columns can be used.
 
@@ -218,19 +229,35 @@ def list_inputs(
         extensions: File name endings to read instead of the format's own.
         exclude: Folders whose files are left out, for an output that lies inside an input.
         dim: Known dimension; else it is looked up.
+        skip_bad_files: Read every file through, and skip those that cannot be read.
+        known: An earlier listing with the same parameters; it is given back if the files are still those.
 
     Raises:
         InputNotFoundError: Nothing found.
         SchemaError: A column is missing or of the wrong type.
-        DamagedFileError: A footer cannot be read.
+        DamagedFileError: A footer cannot be read; with `skip_bad_files`, not one file can be read.
     """
     format_ = input_format(filetype)
     found = _find(storage, inputs, format_, extensions, exclude)
+    if known is not None and known._versions() == {file.path: (file.size, file.version) for file, _ in found}:
+        return known
     paths = [file.path for file, _ in found]
+
+    def inspect(file: FoundFile) -> FileFacts:
+        try:
+            facts = format_.inspect(storage, file)
+            if skip_bad_files:
+                _read_through(storage, format_, file, facts, fields)
+            return facts
+        except DamagedFileError as error:
+            if not skip_bad_files:
+                raise
+            return FileFacts(pa.schema([]), (), (), (), str(error))
+
     workers = 32 if any(map(is_remote, paths[:1])) else 4
     with ThreadPoolExecutor(workers) as pool:
         facts: list[FileFacts] = []
-        for fact in pool.map(lambda item: format_.inspect(storage, item[0]), found):
+        for fact in pool.map(lambda item: inspect(item[0]), found):
             # most files have the schema of the one before: kept once, it does not add up over a million files
             same = facts and fact.schema.equals(facts[-1].schema)
             facts.append(dataclasses.replace(fact, schema=facts[-1].schema) if same else fact)
@@ -247,6 +274,7 @@ def list_inputs(
             "group_rows": pa.array([fact.group_rows for fact in facts], pa.large_list(pa.int64())),
             "group_starts": pa.array([fact.group_starts for fact in facts], pa.large_list(pa.int64())),
             "group_bytes": pa.array([fact.group_bytes for fact in facts], pa.large_list(pa.int64())),
+            "problem": pa.array([fact.problem for fact in facts], pa.large_string()),
         }
     )
     if dim is not None and fixed_dims and dim not in fixed_dims and None not in fixed_dims:
@@ -256,6 +284,8 @@ def list_inputs(
         )
     listing = Listing(table, filetype, ids, dim or 0, metadata_types)
     if listing.n_rows == 0:
+        for problem in listing.skipped.values():
+            raise DamagedFileError(f"no file of the input can be read, {len(listing.skipped)} are skipped: {problem}")
         raise InputNotFoundError(f"{redact(', '.join(inputs))}: the files hold no rows")
     if dim is None and fields.embedding_field:
         if fixed_dims and None not in fixed_dims:
@@ -263,6 +293,26 @@ def list_inputs(
         else:
             dim = _peek_dim(storage, listing, fields)
     return Listing(table, filetype, ids, int(dim or 0), metadata_types)
+
+
+def _read_through(storage: Storage, format_: InputFormat, file: FoundFile, facts: FileFacts, fields: Fields) -> None:
+    """Decode all that a run can ever read of a file, in bounded batches.
+
+    Raises:
+        DamagedFileError: Something cannot be decoded.
+    """
+    n_rows = sum(facts.group_rows)
+    if not n_rows:
+        return
+    span = Span(file.path, 0, facts.group_rows, facts.group_starts, file.size, 0, 0)
+    size = max(1, min(_CHECKED_ROWS, _CHECKED_BYTES * n_rows // max(1, sum(facts.group_bytes))))
+    names = [name for name in fields.names if name in facts.schema.names]
+    # lines are copied as they are, so it is enough that the wanted columns can be parsed
+    lines = format_.name == "jsonl"
+    for batch in format_.read(storage, span, names if lines else None, size):
+        if not lines:
+            with naming_file(file.path):
+                batch.select(names).validate(full=True)
 
 
 def _find(
@@ -359,23 +409,27 @@ def _curator_folder(storage: Storage, folder: str) -> str:
 
 
 def _check_schemas(
-    facts: Iterable[FileFacts], paths: Sequence[str], fields: Fields, filetype: str
+    facts: Sequence[FileFacts], paths: Sequence[str], fields: Fields, filetype: str
 ) -> tuple[pa.DataType, Counter[int | None], tuple[pa.DataType, ...]]:
     ids: pa.DataType | None = None
-    first_path = ""
+    ids_path = ""
     dims: Counter[int | None] = Counter()
     previous: pa.Schema | None = None
     metadata_types: list[pa.DataType] = []
+    metadata_paths: list[str] = []
+    vectors_path = ""
     for fact, path in zip(facts, paths, strict=True):
-        if not fact.group_rows and filetype != "parquet":
+        if fact.problem or (not fact.group_rows and filetype != "parquet"):
             continue
         if previous is not None and fact.schema.equals(previous):
             continue
         previous = fact.schema
         for name in fields.names:
             if name not in fact.schema.names:
+                has_it = next((other for f, other in zip(facts, paths, strict=True) if name in f.schema.names), "")
+                elsewhere = f"; {redact(has_it)} has it" if has_it else ""
                 raise SchemaError(
-                    f"{redact(path)}: no column {name!r}; it has {', '.join(map(repr, fact.schema.names))}"
+                    f"{redact(path)}: no column {name!r}; it has {', '.join(map(repr, fact.schema.names))}{elsewhere}"
                 )
             if fact.schema.names.count(name) > 1:
                 raise SchemaError(f"{redact(path)}: more than one column is called {name!r}")
@@ -383,38 +437,41 @@ def _check_schemas(
         id_kind = fact.schema.field(fields.id_field).type
         found = ids if pa.types.is_null(id_kind) else id_type(id_kind)
         if found is None and not pa.types.is_null(id_kind):
+            elsewhere = f"; in {redact(ids_path)} it is {ids}" if ids_path else ""
             raise SchemaError(
                 f"{redact(path)}: column {fields.id_field!r} has type {id_kind}; "
-                "an id is a string, an integer or fixed-size binary"
+                f"an id is a string, an integer or fixed-size binary{elsewhere}"
             )
         common = found if ids is None or found is None else common_id_type(ids, found)
         if common is None and found is not None:
             raise SchemaError(
-                f"column {fields.id_field!r} is {ids} in {redact(first_path)} but {found} in {redact(path)}; "
+                f"column {fields.id_field!r} is {ids} in {redact(ids_path)} but {found} in {redact(path)}; "
                 "bring the ids to one type"
             )
-        ids, first_path = common, first_path or path
+        ids, ids_path = common, ids_path or (path if found is not None else "")
         if not fields.embedding_field:
             continue
         vector_kind = fact.schema.field(fields.embedding_field).type
         try:
             if not pa.types.is_null(vector_kind):
                 dims[embedding_dim(vector_kind)] += 1
+                vectors_path = vectors_path or path
         except SchemaError as error:
-            raise SchemaError(f"{redact(path)}: column {fields.embedding_field!r} {error}") from None
+            elsewhere = f"; in {redact(vectors_path)} it is" if vectors_path else ""
+            raise SchemaError(f"{redact(path)}: column {fields.embedding_field!r} {error}{elsewhere}") from None
         types = [without_views(fact.schema.field(name).type) for name in fields.metadata_fields]
         if not metadata_types:
-            metadata_types = types
+            metadata_types, metadata_paths = types, [path] * len(types)
         for index, (name, known, new) in enumerate(zip(fields.metadata_fields, metadata_types, types, strict=True)):
             if known.equals(new) or pa.types.is_null(new):
                 continue
             if pa.types.is_null(known):
-                metadata_types[index] = new
+                metadata_types[index], metadata_paths[index] = new, path
             else:
                 unified = _common_metadata_type(known, new)
                 if unified is None:
                     raise SchemaError(
-                        f"column {name!r} is {known} in {redact(first_path)} but {new} in {redact(path)}; "
+                        f"column {name!r} is {known} in {redact(metadata_paths[index])} but {new} in {redact(path)}; "
                         "bring it to one type"
                     )
                 metadata_types[index] = unified
