@@ -83,8 +83,11 @@ def describe_input(listing: Listing, parameters: RunParameters) -> dict[str, Any
 
 
 def collect(outcome: Outcome, kind: type[Any]) -> list[Any]:
-    """All tasks of a kind that a run gave."""
-    return [task for tasks in outcome.tasks.values() for task in tasks if isinstance(task, kind)]
+    """The tasks of a kind that a run gave; those of the last stage, where several gave some."""
+    for tasks in reversed(outcome.tasks.values()):
+        if found := [task for task in tasks if isinstance(task, kind)]:
+            return found
+    return []
 
 
 def row_counts(outcome: Outcome, n_rows: int) -> dict[str, Any]:
