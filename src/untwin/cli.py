@@ -132,6 +132,21 @@ def _shared_options(command: F) -> F:
 @click.argument("paths", nargs=-1, required=True, metavar="INPUT... OUTPUT")
 @click.option("--eps", type=float, help="Remove a row whose similarity to a kept row is at least 1 - EPS.")
 @click.option("--n-clusters", default="auto", show_default=True, metavar="auto|N", help="Number of k-means clusters.")
+@click.option(
+    "--probes",
+    default="1",
+    show_default=True,
+    metavar="auto|P",
+    help="Compare rows with their own and the P - 1 next-nearest clusters; needs --eps.",
+)
+@click.option(
+    "--target-recall",
+    type=float,
+    default=0.999,
+    show_default=True,
+    metavar="R",
+    help="What --probes auto tries to reach: the share of rows with a neighbour whose neighbour is compared.",
+)
 @click.option("--id-field", default="id", show_default=True, metavar="COLUMN", help="Column of ids.")
 @click.option(
     "--embedding-field",
@@ -191,6 +206,7 @@ def _shared_options(command: F) -> F:
 def run(
     paths: tuple[str, ...],
     n_clusters: str,
+    probes: str,
     metadata_fields: str,
     memory: str | None,
     workers: int | None,
@@ -215,7 +231,8 @@ def run(
     parameters = RunParameters(
         inputs=paths[:-1],
         output=paths[-1],
-        n_clusters=_clusters(n_clusters),
+        n_clusters=_number_or_auto("--n-clusters", n_clusters),
+        probes=_number_or_auto("--probes", probes),
         metadata_fields=tuple(name.strip() for name in metadata_fields.split(",") if name.strip()),
         storage_options=_storage_options(storage_options),
         **options,
@@ -314,13 +331,13 @@ def audit(
     click.echo("\n".join(_audit_lines(result)))
 
 
-def _clusters(text: str) -> int | None:
+def _number_or_auto(name: str, text: str) -> int | None:
     if text == "auto":
         return None
     try:
         return int(text)
     except ValueError:
-        raise ParameterError(f"--n-clusters is {text!r}; give a number, or auto") from None
+        raise ParameterError(f"{name} is {text!r}; give a number, or auto") from None
 
 
 def _storage_options(text: str | None) -> dict[str, Any]:
@@ -459,7 +476,7 @@ def _audit_lines(result: RunResult) -> list[str]:
     lines = [
         f"audit: {found.n_sampled:,} sampled rows, compared with all {found.n_rows:,}.",
         "This is recall of cosine neighbours, not of human judgement: of the sampled rows that have another row",
-        "within eps, the share that have one in their own cluster.",
+        f"within eps, the share that have one {_compared_with(found.probes)}.",
         "   eps  with neighbour   recall   95 % interval",
     ]
     for row in found.recall_rows:
@@ -482,6 +499,12 @@ def _audit_lines(result: RunResult) -> list[str]:
             f"({_percent(left.low).strip()} to {_percent(left.high).strip()}), from {left.kept:,} kept rows"
         )
     return lines
+
+
+def _compared_with(probes: int) -> str:
+    if probes == 1:
+        return "in their own cluster"
+    return f"among the rows that they were compared with (probes {probes})"
 
 
 def _percent(share: float | None) -> str:

@@ -36,6 +36,8 @@ class RunParameters:
         output: Output folder.
         eps: Threshold; None stops before the removal.
         n_clusters: Number of clusters; None chooses it.
+        probes: Clusters that a row is compared with, its own and the next-nearest ones; None chooses it.
+        target_recall: Share of the rows with a neighbour whose neighbour is to be compared, where probes are chosen.
         id_field: Column of ids.
         embedding_field: Column of embeddings.
         metadata_fields: Columns to carry along.
@@ -57,6 +59,8 @@ class RunParameters:
     output: str
     eps: float | None = None
     n_clusters: int | None = None
+    probes: int | None = 1
+    target_recall: float = 0.999
     id_field: str = "id"
     embedding_field: str = "embedding"
     metadata_fields: tuple[str, ...] = ()
@@ -75,7 +79,7 @@ class RunParameters:
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the input."""
-        for name in ("n_clusters", "embedding_dim", "pairwise_batch_size", "seed"):
+        for name in ("n_clusters", "probes", "embedding_dim", "pairwise_batch_size", "seed"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
                 raise ParameterError(f"{name} is {value!r}; give a whole number")
@@ -95,6 +99,17 @@ class RunParameters:
         _one_of("on_repeated_id", self.on_repeated_id, ("error", "first"))
         if self.n_clusters is not None and self.n_clusters < 1:
             raise ParameterError(f"n_clusters is {self.n_clusters}; it must be at least 1, or auto")
+        if self.probes is not None and self.probes < 1:
+            raise ParameterError(f"probes is {self.probes}; it must be at least 1, or auto")
+        if self.probes != 1 and self.eps is None:
+            raise ParameterError(
+                f"probes is {self.probes or 'auto'} without eps; rows of different clusters are compared only where "
+                "they can be within eps: give an eps, or leave probes at 1"
+            )
+        target = self.target_recall
+        if isinstance(target, bool) or not isinstance(target, numbers.Real) or not 0 < target < 1:
+            raise ParameterError(f"target_recall is {target!r}; it must be a number greater than 0 and less than 1")
+        object.__setattr__(self, "target_recall", float(target))
         if self.drop_intermediate and self.eps is None:
             raise ParameterError(
                 "drop_intermediate without eps would leave nothing; give an eps, or keep the intermediate files"
@@ -124,6 +139,8 @@ class RunParameters:
             "input_path": [redact(normalize_path(path)) for path in self.inputs],
             "eps": self.eps,
             "n_clusters": self.n_clusters or "auto",
+            "probes": self.probes or "auto",
+            "target_recall": self.target_recall if self.probes is None else None,
             "id_field": self.id_field,
             "embedding_field": self.embedding_field,
             "metadata_fields": list(self.metadata_fields),

@@ -305,6 +305,8 @@ def deduplicate(
     *,
     eps: float | None = None,
     n_clusters: int | str | None = "auto",
+    probes: int | str | None = 1,
+    target_recall: float = 0.999,
     id_field: str = "id",
     embedding_field: str = "embedding",
     metadata_fields: Sequence[str] = (),
@@ -333,6 +335,10 @@ def deduplicate(
         eps: A row is a duplicate when its cosine similarity to a kept row is at least 1 - eps. None stops before the
             removal: look at `eps_table()`, then call `untwin.apply`.
         n_clusters: Number of clusters; "auto" chooses it from the number of rows.
+        probes: Compare each row with its own and the next-nearest clusters, so many in all; needs an eps. "auto"
+            chooses it from a sample, to reach `target_recall`.
+        target_recall: For probes="auto": of the rows with a neighbour within eps, the share whose neighbour is to be
+            compared.
         id_field: Column of ids.
         embedding_field: Column of embeddings: lists of float16, float32 or float64.
         metadata_fields: Columns to carry into `kmeans/`.
@@ -361,6 +367,8 @@ def deduplicate(
     """
     if isinstance(n_clusters, str) and n_clusters != "auto":
         raise ParameterError(f"n_clusters is {n_clusters!r}; it must be a number or 'auto'")
+    if isinstance(probes, str) and probes != "auto":
+        raise ParameterError(f"probes is {probes!r}; it must be a number or 'auto'")
     parameters = RunParameters(
         inputs=(os.fspath(input_path),)
         if isinstance(input_path, str | os.PathLike)
@@ -368,6 +376,8 @@ def deduplicate(
         output=os.fspath(output_path),
         eps=eps,
         n_clusters=None if isinstance(n_clusters, str) else n_clusters,
+        probes=None if isinstance(probes, str) else probes,
+        target_recall=target_recall,
         id_field=id_field,
         embedding_field=embedding_field,
         metadata_fields=(metadata_fields,) if isinstance(metadata_fields, str) else tuple(metadata_fields),
@@ -396,6 +406,8 @@ def parameters_of(run: Mapping[str, Any], storage_options: Mapping[str, Any]) ->
         output="",
         eps=saved["eps"],
         n_clusters=None if saved["n_clusters"] == "auto" else saved["n_clusters"],
+        probes=None if saved["probes"] == "auto" else saved["probes"],
+        target_recall=saved["target_recall"] or 0.999,
         id_field=saved["id_field"],
         embedding_field=saved["embedding_field"],
         metadata_fields=tuple(saved["metadata_fields"]),
