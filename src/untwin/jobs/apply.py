@@ -16,9 +16,18 @@ from untwin.core import threshold
 from untwin.errors import OutputExistsError, ParameterError, ResultMismatchError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
-from untwin.jobs.record import collect, eps_table, now, package_versions, peak_memory, result_files, stage_table
+from untwin.jobs.record import (
+    borders_record,
+    collect,
+    eps_table,
+    now,
+    package_versions,
+    peak_memory,
+    result_files,
+    stage_table,
+)
 from untwin.jobs.result import RunResult
-from untwin.jobs.run import make_executor, parameters_of, removal_stage
+from untwin.jobs.run import borders_stage, make_executor, pairwise_folder, parameters_of, removal_stage
 from untwin.pipeline import Pipeline
 from untwin.stages.duplicates import IdentifyDuplicatesStage
 from untwin.stages.pairwise import PairwiseStage
@@ -109,12 +118,14 @@ def _execute(
     storage = folder.storage
     eps = parameters.eps
     assert eps is not None
+    borders = run.get("borders") or {}
+    probes = borders.get("probes", 1)
     kwargs = {"storage_options": dict(storage.options)}
     pairwise = PairwiseStage(
         id_field=parameters.id_field,
         embedding_field=parameters.embedding_field,
         input_path=run_folder.file("kmeans"),
-        output_path=folder.file("pairwise"),
+        output_path=pairwise_folder(folder, probes),
         ranking_strategy=parameters.ranking(),
         read_kwargs=kwargs,
         write_kwargs=kwargs,
@@ -127,6 +138,8 @@ def _execute(
     identify = IdentifyDuplicatesStage(folder.path, eps, read_kwargs=kwargs, write_kwargs=kwargs)
     identify.n_input_rows = listing.n_rows
     stages: list[Any] = [pairwise, identify]
+    if probes > 1:
+        stages.insert(1, borders_stage(pairwise, folder, run_folder, probes, listing.n_rows))
     if parameters.kept != "none":
         stages.append(removal_stage(parameters, listing, folder))
     outcome = Pipeline("untwin apply", stages=stages).run(executor, progress, ledger)
@@ -154,6 +167,7 @@ def _execute(
     record["resources"] = {"backend": "local", "workers": executor.workers, "memory_bytes": executor.memory}
     record["stages"] = stage_table(outcome)
     record["eps_table"] = eps_table(collect(outcome, PairsTask), parameters, found.n_duplicates)
+    record["borders"] = borders_record(outcome, probes, borders.get("chosen"))
     record["files"] = {**run["files"], "duplicates": result_files(outcome, folder)["duplicates"]}
     record["peak_memory_bytes"] = peak_memory()
     record["seconds"] = round(time.perf_counter() - started, 3)

@@ -31,7 +31,7 @@ from untwin.stages.clustering import PROBES_SEED
 from untwin.stages.pairwise import PairwiseStage
 from untwin.stages.tasks import ClustersTask
 from untwin.storage.files import redact
-from untwin.storage.partitions import read_array
+from untwin.storage.partitions import CENTROIDS, read_array
 
 MIN_NEIGHBOURS = 3000
 MAX_SAMPLE = 200_000
@@ -114,7 +114,7 @@ def measure_recall(
             seed=seed,
             eps=grid,
             n_levels=probes,
-            centroids_path=source.file("kmeans", "_centroids.npy"),
+            centroids_path=source.file("kmeans", CENTROIDS),
             kept_bitmap="" if in_force is None else folder.file("duplicates", "_kept.bits"),
         )
         found = _sample(job, executor, grid.index(sizing), min_neighbours, max_sample, progress)

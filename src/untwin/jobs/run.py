@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -14,19 +16,23 @@ from untwin.backends.local import LocalExecutor
 from untwin.errors import OutputExistsError, ParameterError, ResourceError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
-from untwin.jobs.recall import measure_recall
-from untwin.jobs.record import check_every_row, describe_input, now, result_files, run_record
+from untwin.jobs.recall import choose_probes, measure_recall
+from untwin.jobs.record import borders_record, check_every_row, collect, describe_input, now, result_files, run_record
 from untwin.jobs.result import RunResult
 from untwin.pipeline import Pipeline
 from untwin.plan import Plan, make_plan
+from untwin.stages.borders import Borders, BordersStage
 from untwin.stages.duplicates import IdentifyDuplicatesStage
 from untwin.stages.kmeans import KMeansStage
 from untwin.stages.pairwise import PairwiseStage
 from untwin.stages.removal import RemoveDuplicatesStage
+from untwin.stages.tasks import ClustersTask, ProbesTask
 from untwin.storage.files import Storage, normalize_path, real_path, redact
 from untwin.storage.listing import Fields, Listing, list_inputs
 from untwin.storage.lock import check_unlocked, locked
+from untwin.storage.partitions import CENTROIDS
 
+CHOSEN = "choose-probes"
 CHECKED = "check"
 """Noted in the ledger once every row was found to be kept, duplicate or rejected."""
 _MAX_ITER = 20
@@ -58,10 +64,14 @@ class PreparedRun:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that the output takes at its largest: vectors twice, then vectors and the rows that stay."""
+        """Bytes that the output takes at its largest: vectors twice, then vectors and the rows that stay.
+
+        Vectors that visit other clusters come in between, once for each probe.
+        """
         vectors = self.plan.vector_bytes + _SIDE_BYTES * self.plan.n_rows
         kept = self.listing.n_bytes if self.parameters.eps is not None and self.parameters.kept != "none" else 0
-        return vectors + max(vectors, kept) + _SIDE_BYTES * self.plan.n_rows
+        visitors = ((self.parameters.probes or 2) - 1) * vectors
+        return vectors + max(vectors, kept, visitors) + _SIDE_BYTES * self.plan.n_rows
 
     @property
     def summary(self) -> str:
@@ -128,12 +138,21 @@ class PreparedRun:
         parameters, folder = self.parameters, self.folder
         kmeans, pairwise = self.stages()
         stages: list[Any] = [kmeans, pairwise]
+        first, probes, chosen = None, parameters.probes, None
+        if probes is None:
+            first = Pipeline("untwin run", stages=stages).run(self.executor, progress, ledger)
+            probes, chosen = self._choose_probes(collect(first, ClustersTask), ledger, progress)
+        if pairwise.output_path != folder.file("pairwise"):
+            stages.append(borders_stage(pairwise, folder, folder, probes, self.listing.n_rows))
         kwargs = {"storage_options": dict(parameters.storage_options)}
         if parameters.eps is not None:
             stages.append(IdentifyDuplicatesStage(folder.path, parameters.eps, read_kwargs=kwargs, write_kwargs=kwargs))
             if parameters.kept != "none":
                 stages.append(removal_stage(parameters, self.listing, folder))
         outcome = Pipeline("untwin run", stages=stages).run(self.executor, progress, ledger)
+        if first is not None:
+            reports = (*first.reports, *outcome.reports[len(first.reports) :])
+            outcome = dataclasses.replace(outcome, reports=reports)
         intermediate = [] if parameters.audit else self._intermediate
         if ledger.finished(CHECKED) is None:
             check_every_row(outcome, self.listing, folder)
@@ -151,10 +170,37 @@ class PreparedRun:
                 "memory_bytes": self.executor.memory,
             },
         )
+        record["borders"] = borders_record(outcome, probes, chosen)
         record["files"] = result_files(outcome, folder)
         record["seconds"] = round(time.perf_counter() - started, 3)
         folder.storage.write_json(folder.run_path, record)
         return self._finished(record, progress)
+
+    def _choose_probes(
+        self, clusters: Sequence[ClustersTask], ledger: Ledger, progress: Progress | None
+    ) -> tuple[int, dict[str, Any]]:
+        """The number of probes that reaches the target recall, and what it follows from; measured once."""
+        known = ledger.finished(CHOSEN)
+        if known is not None:
+            (task,) = known.tasks[0]
+            assert isinstance(task, ProbesTask)
+            return task.probes, json.loads(task.facts)
+        parameters, folder = self.parameters, self.folder
+        assert parameters.eps is not None
+        probes, facts = choose_probes(
+            folder,
+            clusters,
+            self.executor,
+            centroids_path=folder.file("kmeans", CENTROIDS),
+            id_field=parameters.id_field,
+            embedding_field=parameters.embedding_field,
+            eps=parameters.eps,
+            target_recall=parameters.target_recall,
+            seed=parameters.seed,
+            progress=progress,
+        )
+        ledger.finish(CHOSEN, [[ProbesTask(0, self.listing.n_rows, probes, json.dumps(facts))]], self.listing.n_rows)
+        return probes, facts
 
     @property
     def to_audit(self) -> bool:
@@ -205,7 +251,7 @@ class PreparedRun:
             id_field=parameters.id_field,
             embedding_field=parameters.embedding_field,
             input_path=folder.file("kmeans"),
-            output_path=folder.file("pairwise"),
+            output_path=pairwise_folder(folder, parameters.probes),
             ranking_strategy=parameters.ranking(),
             pairwise_batch_size=parameters.pairwise_batch_size,
             read_kwargs=kwargs,
@@ -214,6 +260,19 @@ class PreparedRun:
             eps=parameters.eps,
         )
         return kmeans, pairwise
+
+
+def pairwise_folder(folder: OutputFolder, probes: int | None) -> str:
+    """Where the rows of each cluster are compared: aside, if rows of other clusters can change the answer."""
+    return folder.file("pairwise") if probes == 1 else folder.file("pairwise", "_inside")
+
+
+def borders_stage(
+    pairwise: PairwiseStage, folder: OutputFolder, clusters: OutputFolder, probes: int, n_input_rows: int
+) -> BordersStage:
+    """The stage that compares rows across the borders of the clusters that are in a folder."""
+    centroids_path = clusters.file("kmeans", CENTROIDS)
+    return BordersStage(Borders(pairwise, folder.file("pairwise"), centroids_path, probes, n_input_rows))
 
 
 def removal_stage(parameters: RunParameters, listing: Listing, folder: OutputFolder) -> RemoveDuplicatesStage:

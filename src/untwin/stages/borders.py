@@ -60,7 +60,7 @@ _SCRATCH = 32 << 20
 _SIDE_BYTES = 300
 """Of a row's id, metadata and numbers."""
 _PAIR_BYTES = 400
-_MOST_PAIRS = 1 << 18
+_MOST_PAIRS = 1 << 16
 """Pairs that are collected before they are written."""
 
 
@@ -170,11 +170,11 @@ class VisitStage(_BordersStage):
 
     def memory(self, task: ClustersTask) -> int:
         """A batch with its products, a shard as collected and as written, and the centroids."""
-        return 3 * _BLOCK_BYTES * self.borders.probes + 3 * _SHARD_BYTES + 3 * self._centroids.nbytes + _SCRATCH
+        return 2 * _SHARD_BYTES + self.minimum_memory(task)
 
-    def cost(self, task: Task) -> float:
-        """Rows."""
-        return float(task.n_rows)
+    def minimum_memory(self, task: ClustersTask) -> int:
+        """Shards can be smaller."""
+        return 4 * _BLOCK_BYTES + 3 * self._centroids.nbytes + _SCRATCH
 
     def process(self, task: ClustersTask, context: Context) -> VisitsTask:
         """Send the rows of a group of clusters."""
@@ -182,7 +182,8 @@ class VisitStage(_BordersStage):
         pairwise = job.pairwise
         assert self._nearest is not None
         far = reach(job.limit, task.dim)
-        out = _Visitors(job, task, self._group_of, self._n_groups)
+        free = (context.memory - self.minimum_memory(task)) // 2
+        out = _Visitors(job, task, self._group_of, self._n_groups, min(_SHARD_BYTES, max(_BLOCK_BYTES, free)))
         probes: list[NDArray[np.int32]] = []
         names = pairwise.columns(task)
         for cluster in task.clusters:
@@ -206,8 +207,11 @@ class VisitStage(_BordersStage):
 class _Visitors:
     """Collects rows that visit other clusters, and writes a shard whenever there are many."""
 
-    def __init__(self, job: Borders, task: ClustersTask, group_of: NDArray[np.int32], n_groups: int) -> None:
+    def __init__(
+        self, job: Borders, task: ClustersTask, group_of: NDArray[np.int32], n_groups: int, shard_bytes: int
+    ) -> None:
         self._job, self._task, self._group_of, self._n_groups = job, task, group_of, n_groups
+        self._shard_bytes = shard_bytes
         self._vectors: list[NDArray[np.float32]] = []
         self._sides: list[pa.RecordBatch] = []
         self._targets: list[NDArray[np.int32]] = []
@@ -228,7 +232,7 @@ class _Visitors:
         self._vectors.append(vectors)
         self._targets.append(targets)
         self._held += vectors.nbytes
-        if self._held >= _SHARD_BYTES:
+        if self._held >= self._shard_bytes:
             self._flush()
 
     def _flush(self) -> None:
@@ -527,11 +531,13 @@ class ReopenStage(_BordersStage):
 
     def memory(self, task: ClustersTask) -> int:
         """As for comparing the rows inside, and the unit's pairs."""
-        return self.borders.pairwise.memory(task) + _PAIR_BYTES * task.n_rows
+        return self.borders.pairwise.memory(task) + _PAIR_BYTES * max(cluster.n_rows for cluster in task.clusters)
 
     def minimum_memory(self, task: ClustersTask) -> int:
         """As for comparing the rows inside."""
-        return self.borders.pairwise.minimum_memory(task) + _PAIR_BYTES * max(c.n_rows for c in task.clusters)
+        return self.borders.pairwise.minimum_memory(task) + _PAIR_BYTES * max(
+            cluster.n_rows for cluster in task.clusters
+        )
 
     def process(self, task: ClustersTask, context: Context) -> ReopenedTask:
         """Look at the clusters of a group that pairs across borders touch."""
@@ -649,7 +655,7 @@ class ResolveStage(_BordersStage):
 
     def memory(self, task: Task) -> int:
         """Two bits for each row of the input, and the rows and pairs of a group of clusters."""
-        largest = max(part.n_rows for part in self._parts)
+        largest = max(part.n_open for part in self._parts)
         return self.borders.n_input_rows // 4 + 200 * largest + _SCRATCH
 
     def process(self, task: Task, context: Context) -> ResolvedTask:
@@ -715,8 +721,9 @@ class AnswerStage(_BordersStage):
             self.borders.target.remove(path)
 
     def memory(self, task: ReopenedTask) -> int:
-        """The group's results and pairs, and the bits of the rows that stay."""
-        return self.borders.n_input_rows // 8 + (_PAIR_BYTES + _SIDE_BYTES) * task.n_rows + _SCRATCH
+        """The results and pairs of a cluster, and the bits of the rows that stay."""
+        largest = max(n_rows for _, n_rows in self._inside[task.unit].clusters)
+        return self.borders.n_input_rows // 8 + (_PAIR_BYTES + _SIDE_BYTES) * largest + 16 * task.n_rows + _SCRATCH
 
     def process(self, task: ReopenedTask, context: Context) -> PairsTask:
         """Write the results of a group of clusters."""

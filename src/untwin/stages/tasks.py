@@ -137,6 +137,14 @@ class PairsTask(Task):
 
 
 @dataclass(frozen=True)
+class ProbesTask(Task):
+    """How many clusters each row is compared with, as chosen from a sample, and what it follows from, as JSON."""
+
+    probes: int
+    facts: str
+
+
+@dataclass(frozen=True)
 class VisitsTask(Task):
     """The rows of some clusters, sent to other clusters that they are compared with.
 
