@@ -436,6 +436,7 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
         ),
         f"rejected    {result.n_rejected:>14,}",
         *[f"  {reason}: {count:,}" for reason, count in rows["rejected_reasons"].items()],
+        *_probes_line(result.run.get("borders")),
         *([f"reused      {result.n_reused:>14,}  units of an interrupted run"] if result.n_reused else []),
         f"time        {result.seconds:>12,.1f} s   peak memory {result.peak_memory / 1e6:,.0f} MB",
         "",
@@ -465,6 +466,20 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
             f"Another threshold: untwin apply {shlex.quote(origin)} --eps VALUE",
         ]
     click.echo("\n".join(lines))
+
+
+def _probes_line(borders: dict[str, Any] | None) -> list[str]:
+    """How many clusters a row was compared with, and the price, if not only with its own."""
+    if borders is None:
+        return []
+    times = borders["pairs_across"] / max(1, borders["pairs_inside"])
+    line = (
+        f"probes      {borders['probes']:>14,}  ({times:.2f} times the pairs inside clusters were compared across them"
+    )
+    chosen = borders["chosen"]
+    if chosen and not chosen["reached"]:
+        line += f"; a recall of {chosen['target_recall']:g} could not be shown"
+    return [line + ")"]
 
 
 def _audit_lines(result: RunResult) -> list[str]:
