@@ -32,15 +32,6 @@ def finished(debian_sample, tmp_path_factory):
     return get
 
 
-@pytest.fixture(scope="module")
-def whole(debian, tmp_path_factory):
-    """A finished run over all the data there are, and the truth about it."""
-    output = tmp_path_factory.mktemp("whole") / "out"
-    n_clusters = "auto" if debian.whole else 60
-    deduplicate(debian.path, output, eps=0.1, n_clusters=n_clusters, kept="none")
-    return output, brute_force(output, 0.1)
-
-
 # --- against brute force ---------------------------------------------------------------------------------------------
 
 

@@ -173,19 +173,11 @@ def test_where_no_row_has_a_neighbour_one_probe_is_chosen(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("eps", [0.1, 0.05, 0.01])
-def test_the_target_is_reached_on_the_whole_set(debian, whole_clusters, eps):
-    output, truth = whole_clusters
+def test_the_target_is_reached_on_the_whole_set(debian, whole, eps):
+    output, truth = whole
     probes, facts = choose(output, eps=eps)
     assert truth.recall(eps, probes) >= TARGET
     assert probes <= smallest(truth, eps, TARGET) + 1
     if debian.whole:
         assert facts["sampled"] < 0.3 * facts["rows"]
         assert truth.recall(eps, 1) < TARGET
-
-
-@pytest.fixture(scope="module")
-def whole_clusters(debian, tmp_path_factory):
-    """Clusters of all the data there are, and the truth about them."""
-    output = tmp_path_factory.mktemp("whole") / "out"
-    deduplicate(debian.path, output, n_clusters="auto" if debian.whole else 60)
-    return output, brute_force(output, 0.1)
