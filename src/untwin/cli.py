@@ -145,6 +145,21 @@ def _shared_options(command: F) -> F:
 @click.argument("paths", nargs=-1, required=True, metavar="INPUT... OUTPUT")
 @click.option("--eps", type=float, help="Remove a row whose similarity to a kept row is at least 1 - EPS.")
 @click.option("--n-clusters", default="auto", show_default=True, metavar="auto|N", help="Number of k-means clusters.")
+@click.option(
+    "--probes",
+    default="1",
+    show_default=True,
+    metavar="auto|P",
+    help="Compare rows with their own and the P - 1 next-nearest clusters; needs --eps.",
+)
+@click.option(
+    "--target-recall",
+    type=float,
+    default=0.999,
+    show_default=True,
+    metavar="R",
+    help="What --probes auto tries to reach: the share of rows with a neighbour whose neighbour is compared.",
+)
 @click.option("--id-field", default="id", show_default=True, metavar="COLUMN", help="Column of ids.")
 @click.option(
     "--embedding-field",
@@ -209,6 +224,7 @@ def _shared_options(command: F) -> F:
 def run(
     paths: tuple[str, ...],
     n_clusters: str,
+    probes: str,
     metadata_fields: str,
     memory: str | None,
     workers: int | None,
@@ -233,7 +249,8 @@ def run(
     parameters = RunParameters(
         inputs=paths[:-1],
         output=paths[-1],
-        n_clusters=_clusters(n_clusters),
+        n_clusters=_number_or_auto("--n-clusters", n_clusters),
+        probes=_number_or_auto("--probes", probes),
         metadata_fields=tuple(name.strip() for name in metadata_fields.split(",") if name.strip()),
         storage_options=_storage_options(storage_options),
         **options,
@@ -332,13 +349,13 @@ def audit(
     click.echo("\n".join(_audit_lines(result)))
 
 
-def _clusters(text: str) -> int | None:
+def _number_or_auto(name: str, text: str) -> int | None:
     if text == "auto":
         return None
     try:
         return int(text)
     except ValueError:
-        raise ParameterError(f"--n-clusters is {text!r}; give a number, or auto") from None
+        raise ParameterError(f"{name} is {text!r}; give a number, or auto") from None
 
 
 def _storage_options(text: str | None) -> dict[str, Any]:
@@ -438,6 +455,7 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
         f"rejected    {result.n_rejected:>14,}",
         *[f"  {reason}: {count:,}" for reason, count in rows["rejected_reasons"].items()],
         *([f"skipped     {result.n_skipped_files:>14,}  files that cannot be read"] if result.n_skipped_files else []),
+        *_probes_line(result.run.get("borders")),
         *([f"reused      {result.n_reused:>14,}  units of an interrupted run"] if result.n_reused else []),
         f"time        {result.seconds:>12,.1f} s   peak memory {result.peak_memory / 1e6:,.0f} MB",
         "",
@@ -469,6 +487,20 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
     click.echo("\n".join(lines))
 
 
+def _probes_line(borders: dict[str, Any] | None) -> list[str]:
+    """How many clusters a row was compared with, and the price, if not only with its own."""
+    if borders is None:
+        return []
+    times = borders["pairs_across"] / max(1, borders["pairs_inside"])
+    line = (
+        f"probes      {borders['probes']:>14,}  ({times:.2f} times the pairs inside clusters were compared across them"
+    )
+    chosen = borders["chosen"]
+    if chosen and not chosen["reached"]:
+        line += f"; a recall of {chosen['target_recall']:g} could not be shown"
+    return [line + ")"]
+
+
 def _audit_lines(result: RunResult) -> list[str]:
     found = result.audit
     if found is None:
@@ -478,7 +510,7 @@ def _audit_lines(result: RunResult) -> list[str]:
     lines = [
         f"audit: {found.n_sampled:,} sampled rows, compared with all {found.n_rows:,}.",
         "This is recall of cosine neighbours, not of human judgement: of the sampled rows that have another row",
-        "within eps, the share that have one in their own cluster.",
+        f"within eps, the share that have one {_compared_with(found.probes)}.",
         "   eps  with neighbour   recall   95 % interval",
     ]
     for row in found.recall_rows:
@@ -501,6 +533,12 @@ def _audit_lines(result: RunResult) -> list[str]:
             f"({_percent(left.low).strip()} to {_percent(left.high).strip()}), from {left.kept:,} kept rows"
         )
     return lines
+
+
+def _compared_with(probes: int) -> str:
+    if probes == 1:
+        return "in their own cluster"
+    return f"among the rows that they were compared with (probes {probes})"
 
 
 def _percent(share: float | None) -> str:

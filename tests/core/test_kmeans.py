@@ -76,6 +76,15 @@ def test_nearest_equals_brute_force(n, dim, k, columns, monkeypatch):
     assert square.dtype == np.float64
     np.testing.assert_array_equal(label, want.argmin(axis=1))
     np.testing.assert_allclose(square, want.min(axis=1), rtol=1e-12)
+    count = min(k, 5)
+    np.testing.assert_array_equal(NearestCentroid(C).order(X, count), want.argsort(axis=1, kind="stable")[:, :count])
+
+
+def test_copies_of_a_centroid_have_no_place_in_the_order():
+    X = clustered(0, 200, 5)
+    order = NearestCentroid(X[[3, 7, 3, 9, 7]]).order(X, 4)
+    np.testing.assert_array_equal(order[:, :3], np.array([0, 1, 3])[NearestCentroid(X[[3, 7, 9]]).order(X, 3)])
+    assert (order[:, 3] == -1).all()
 
 
 def test_ties_between_identical_centroids_go_to_the_lowest_index():
@@ -95,6 +104,9 @@ def test_near_ties_are_decided_exactly_whatever_the_batch():
     finder = NearestCentroid(C)
     label = finder.labels(X)
     np.testing.assert_array_equal(label, exact_distances(X, C).argmin(axis=1))
+    order = finder.order(X, 6)
+    np.testing.assert_array_equal(order, exact_distances(X, C).argsort(axis=1, kind="stable")[:, :6])
+    np.testing.assert_array_equal(np.concatenate([finder.order(X[at : at + 7], 6) for at in range(0, 400, 7)]), order)
     for size in (1, 3, 111):
         parts = [finder.labels(X[at : at + size]) for at in range(0, 400, size)]
         np.testing.assert_array_equal(np.concatenate(parts), label)

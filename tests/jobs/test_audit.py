@@ -3,16 +3,15 @@
 import json
 import os
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from recall_oracle import brute_force, numbers, with_probes
 
-from inputs import cli, ids_of, read_files, read_folder, snapshot, table_of, twin_table, write_parquet, write_split
+from inputs import cli, read_files, snapshot, table_of, twin_table, write_parquet, write_split
 from untwin import apply, audit, deduplicate
-from untwin.core import EPS_GRID, is_duplicate
+from untwin.core import EPS_GRID
 from untwin.errors import OutputInUseError, ParameterError
 from untwin.jobs.output import OutputFolder
 from untwin.storage.files import Storage
@@ -20,44 +19,6 @@ from untwin.storage.lock import locked
 
 EPS = 0.05
 WORDS = "recall of cosine neighbours, not of human judgement"
-
-
-@dataclass(frozen=True)
-class Truth:
-    """By brute force: of each row, the largest similarity to any other row, to one of its cluster, to a kept one."""
-
-    best: np.ndarray
-    own: np.ndarray
-    kept: np.ndarray
-    stays: np.ndarray
-
-    def recall(self, eps):
-        near = is_duplicate(self.best, eps)
-        return is_duplicate(self.own, eps)[near].mean()
-
-    def kept_share(self, eps):
-        return is_duplicate(self.kept[self.stays], eps).mean()
-
-
-def brute_force(output):
-    """All pairs of all rows in `kmeans/`, without untwin's products."""
-    rows = read_folder(Path(output) / "kmeans")
-    paths = sorted((Path(output) / "kmeans").rglob("centroid=*/*.parquet"))
-    labels = np.concatenate(
-        [np.full(read_files([path]).num_rows, int(path.parent.name.removeprefix("centroid="))) for path in paths]
-    )
-    X = np.stack(rows["embedding"].to_numpy()).astype(np.float64)
-    X = X / np.linalg.norm(X, axis=1, keepdims=True)
-    removed = Path(output) / "duplicates"
-    stays = ~np.isin(rows["id"].to_numpy(), ids_of(removed)) if removed.exists() else np.ones(len(X), bool)
-    best, own, kept = np.zeros((3, len(X)))
-    for low in range(0, len(X), 500):
-        S = np.minimum(X[low : low + 500] @ X.T, 1)
-        S[np.arange(len(S)), low + np.arange(len(S))] = 0
-        best[low : low + 500] = S.max(1)
-        kept[low : low + 500] = np.where(stays, S, 0).max(1)
-        own[low : low + 500] = np.where(labels == labels[low : low + 500, None], S, 0).max(1)
-    return Truth(best, own, kept, stays)
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +36,6 @@ def finished(debian_sample, tmp_path_factory):
     return get
 
 
-def numbers(result):
-    """What must not depend on how the audit was done."""
-    record = dict(result.run["audit"])
-    for name in ("finished", "seconds", "passes"):
-        del record[name]
-    return record
-
-
 # --- against brute force ---------------------------------------------------------------------------------------------
 
 
@@ -95,8 +48,8 @@ def test_with_all_rows_in_the_sample_the_numbers_are_those_of_brute_force(finish
     assert found.n_sampled == found.n_rows == len(truth.best)
     assert [row.eps for row in found.recall_rows] == list(EPS_GRID)
     for row in found.recall_rows:
-        assert row.with_neighbour == is_duplicate(truth.best, row.eps).sum() > 100
-        assert row.compared == is_duplicate(truth.own, row.eps).sum()
+        assert row.with_neighbour == truth.n_near(row.eps) > 100
+        assert row.compared == truth.n_compared(row.eps)
         assert row.low == row.recall == row.high == pytest.approx(truth.recall(row.eps))
     assert min(row.recall for row in found.recall_rows) < 1
     assert found.answer.eps == eps
@@ -125,7 +78,7 @@ def test_the_interval_covers_the_truth_in_19_of_20_seeds(finished, n_clusters, e
 
 def test_the_sample_grows_until_enough_rows_have_a_neighbour(finished):
     output, truth = finished(8)
-    share = is_duplicate(truth.best, 0.001).mean()
+    share = truth.n_near(0.001) / len(truth.best)
     found = audit(output, eps=0.001, min_neighbours=60)
     row = found.audit.recall_rows[0]
     assert row.with_neighbour >= 60
@@ -145,6 +98,90 @@ def test_an_eps_outside_the_grid_is_reported_too(finished):
     row = next(row for row in found.recall_rows if row.eps == 0.123)
     assert row.recall == truth.recall(0.123) < 1
     assert found.answer.eps == EPS
+
+
+# --- probes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probes", [2, 3, 16])
+@pytest.mark.parametrize(("n_clusters", "eps"), [(60, 0.2), (8, 0.16), (2, 0.2)])
+def test_with_probes_the_rows_of_the_next_nearest_clusters_count(finished, tmp_path, n_clusters, eps, probes):
+    output, truth = finished(n_clusters, eps)
+    output = with_probes(output, tmp_path / "out", probes)
+    found = audit(output, min_neighbours=10**9, max_sample=10**9).audit
+    assert found.complete
+    assert found.probes == probes
+    # beyond the eps in force rows of different clusters were not compared
+    assert [row.eps for row in found.recall_rows] == [value for value in EPS_GRID if value <= eps]
+    for row in found.recall_rows:
+        assert row.with_neighbour == truth.n_near(row.eps) > 100
+        assert row.compared == truth.n_compared(row.eps, probes)
+        assert row.low == row.recall == row.high == pytest.approx(truth.recall(row.eps, probes))
+    assert truth.recall(eps, probes) > truth.recall(eps, 1)
+    assert found.answer.share == truth.kept_share(eps)
+
+
+def test_with_probes_the_sample_grows_and_the_interval_covers_the_truth(finished, tmp_path):
+    output, truth = finished(60, 0.2)
+    output = with_probes(output, tmp_path / "out", 2)
+    covered = 0
+    for seed in range(20):
+        found = audit(output, seed=seed, min_neighbours=150).audit
+        row = found.recall_rows[-1]
+        assert row.eps == 0.2
+        assert row.with_neighbour >= 150
+        assert found.n_sampled < 0.6 * found.n_rows, "the sample is no sample"
+        covered += row.low <= truth.recall(0.2, 2) <= row.high
+    assert 0.9 < truth.recall(0.2, 2) < 1
+    assert covered >= 19
+
+
+def test_with_probes_workers_memory_and_levels_beyond_change_no_number(finished, tmp_path):
+    output, _ = finished(60, 0.2)
+    plain = audit(output, min_neighbours=100).audit
+    output = with_probes(output, tmp_path / "out", 3)
+    expected = numbers(audit(output, workers=2, memory="2GB", min_neighbours=100))
+    assert 0 < expected["sampled"] < 2000
+    assert 0.5 < expected["recall"][-1]["recall"] < 1
+    for options in ({"workers": 1}, {"memory": "160MB"}, {"workers": 1, "memory": "140MB"}):
+        assert numbers(audit(output, min_neighbours=100, **options)) == expected
+    # the same rows are sampled, and have the same neighbours
+    near = {row.eps: row.with_neighbour for row in plain.recall_rows}
+    assert {row["eps"]: row["with_neighbour"] for row in expected["recall"]}.items() <= near.items()
+
+
+def test_with_probes_an_eps_beyond_the_one_in_force_is_refused(finished, tmp_path):
+    output = with_probes(finished(8)[0], tmp_path / "out", 2)
+    text = cli("audit", output, "--eps", 0.06, code=2).stderr
+    assert "within eps 0.05" in text
+    assert "probes 2" in text
+    text = cli("audit", output, "--eps", 0.03, "--min-neighbours", 50).stdout
+    assert WORDS in text
+    assert "compared with (probes 2)" in text
+    assert "0.03" in text
+    assert " 0.07 " not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("probes", [1, 2])
+def test_the_interval_covers_the_truth_in_19_of_20_seeds_of_the_whole_set(whole, tmp_path, probes):
+    output, truth = whole
+    output = with_probes(output, tmp_path / "out", probes)
+    covered = {(what, eps): 0 for what in ("recall", "kept") for eps in (0.1, 0.05, 0.01)}
+    del covered["kept", 0.05], covered["kept", 0.01]
+    widest = 0.0
+    for seed in range(20):
+        found = audit(output, eps=0.01, seed=seed, min_neighbours=500).audit
+        assert not found.complete
+        for row in found.recall_rows:
+            if ("recall", row.eps) in covered:
+                assert row.with_neighbour >= 500 or row.eps > 0.01
+                covered["recall", row.eps] += row.low <= truth.recall(row.eps, probes) <= row.high
+                widest = max(widest, row.high - row.low)
+        covered["kept", 0.1] += found.answer.low <= truth.kept_share(0.1) <= found.answer.high
+    print(covered, widest)
+    assert 0.002 < widest < 0.1
+    assert min(covered.values()) >= 19, covered
 
 
 # --- the same numbers ------------------------------------------------------------------------------------------------
@@ -291,7 +328,7 @@ def test_the_command_says_what_it_measures_and_shows_every_eps(finished):
     for eps in EPS_GRID:
         (line,) = (line for line in text.splitlines() if line.split()[:1] == [f"{eps:g}"])
         share = f"{truth.recall(eps):.2%}"
-        assert line.split()[1:6] == [f"{is_duplicate(truth.best, eps).sum():,}", share, share, "to", share]
+        assert line.split()[1:6] == [f"{truth.n_near(eps):,}", share, share, "to", share]
         assert ("in force" in line) == (eps == EPS)
     assert f"within eps 0.05: {truth.kept_share(EPS):.2%}" in text
     assert "exact" in text

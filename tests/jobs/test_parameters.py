@@ -11,7 +11,7 @@ import pytest
 import untwin
 from inputs import twin_table, write_parquet
 from untwin.errors import ParameterError, TooManyRejectedError
-from untwin.jobs.parameters import parse_bytes
+from untwin.jobs.parameters import RunParameters, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,11 @@ from untwin.jobs.parameters import parse_bytes
         ("eps", "0.05"),
         ("eps", True),
         ("n_clusters", 2.0),
+        ("probes", 2.0),
+        ("probes", "many"),
+        ("probes", True),
+        ("target_recall", "0.9"),
+        ("target_recall", True),
         ("seed", "1"),
         ("pairwise_batch_size", 10.5),
         ("embedding_dim", "256"),
@@ -78,3 +83,29 @@ def test_sizes_are_read_with_their_units(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ParameterError, match="give a size such as 4GB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("probes", [2, None])
+def test_probes_need_an_eps(probes):
+    with pytest.raises(ParameterError, match="without eps"):
+        RunParameters(("in",), "out", probes=probes)
+    assert RunParameters(("in",), "out", probes=probes, eps=0.05).probes == probes
+    assert RunParameters(("in",), "out", probes=1).probes == 1
+
+
+@pytest.mark.parametrize("options", [{"probes": 0}, {"probes": -1}, {"target_recall": 0}, {"target_recall": 1.0}])
+def test_probes_and_their_target_are_in_their_range(options):
+    (name,) = options
+    with pytest.raises(ParameterError, match=f"^{name} is "):
+        RunParameters(("in",), "out", eps=0.05, **options)
+
+
+def test_the_target_decides_the_answer_only_where_probes_are_chosen():
+    def decides(**options):
+        answer = RunParameters(("in",), "out", eps=0.05, **options).answer()
+        return answer["probes"], answer["target_recall"]
+
+    assert decides() == decides(target_recall=0.9) == (1, None)
+    assert decides(probes=np.int64(3)) == (3, None)
+    assert decides(probes=None) == ("auto", 0.999)
+    assert decides(probes=None, target_recall=0.99) == ("auto", 0.99)

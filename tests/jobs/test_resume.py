@@ -31,6 +31,19 @@ CHAINS = [
     "remove",
 ]
 """What runs unit by unit, between barriers."""
+PROBES = ["--probes", "3", "--eps", "0.3"]
+CHAINS_WITH_PROBES = [
+    *CHAINS[:4],
+    "gather.pairwise",
+    "visit",
+    "compare-across",
+    "reopen",
+    "resolve",
+    "answer.select-duplicates",
+    *CHAINS[5:],
+]
+WITH_PROBES = CHAINS_WITH_PROBES[5:10]
+ONE_UNIT = ("fit", "resolve", "merge-duplicates")
 
 
 def _vectors(n_rows, rng):
@@ -106,7 +119,16 @@ def undisturbed(source, tmp_path_factory):
     return out, Answer(out), int(done.stderr.split("operations ")[1])
 
 
-def _kill_and_resume(source, out, undisturbed, seed):
+@pytest.fixture(scope="module")
+def undisturbed_with_probes(source, tmp_path_factory):
+    """The same with rows compared across the borders of clusters."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = finish(source, out, *PROBES, operation=10**9)
+    assert read_run(out)["borders"]["open_rows"] > 10
+    return out, Answer(out), int(done.stderr.split("operations ")[1])
+
+
+def _kill_and_resume(source, out, undisturbed, seed, *options):
     """Kill one to three runs at random operations and moments, then let one run through; the number of kills."""
     rng = np.random.default_rng(seed)
     operations = undisturbed[2]
@@ -118,10 +140,10 @@ def _kill_and_resume(source, out, undisturbed, seed):
             how = {"operation": int(rng.integers(1, operations // 2))}
         else:
             how = {"seconds": float(rng.uniform(0, 0.5))}
-        done = start(source, out, **how)
+        done = start(source, out, *options, **how)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         n_kills += done.returncode != 0
-    finish(source, out)
+    finish(source, out, *options)
     assert Answer(out) == undisturbed[1]
     assert n_kills
     return n_kills
@@ -133,30 +155,48 @@ def test_killed_runs_give_the_answer_of_an_undisturbed_run(source, tmp_path, und
     _kill_and_resume(source, tmp_path / "out", undisturbed, seed)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_runs_with_probes_give_the_answer_of_an_undisturbed_run(source, tmp_path, undisturbed_with_probes, seed):
+    _kill_and_resume(source, tmp_path / "out", undisturbed_with_probes, seed, *PROBES)
+
+
 @pytest.mark.slow
-def test_many_killed_runs_give_the_answer_of_an_undisturbed_run(source, tmp_path, undisturbed):
-    kills = [_kill_and_resume(source, tmp_path / str(seed), undisturbed, seed) for seed in range(100, 140)]
+@pytest.mark.parametrize("options", [[], PROBES], ids=str)
+def test_many_killed_runs_give_the_answer_of_an_undisturbed_run(
+    source, tmp_path, undisturbed, undisturbed_with_probes, options
+):
+    expected = undisturbed_with_probes if options else undisturbed
+    kills = [_kill_and_resume(source, tmp_path / str(seed), expected, seed, *options) for seed in range(100, 140)]
     assert sum(kills) >= 30
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_only_units_in_flight_are_done_again(source, tmp_path, undisturbed, chain):
+    _kill_after_half_of_a_stage(source, tmp_path, undisturbed, chain, CHAINS)
+
+
+@pytest.mark.parametrize("chain", WITH_PROBES)
+def test_only_units_in_flight_are_done_again_with_probes(source, tmp_path, undisturbed_with_probes, chain):
+    _kill_after_half_of_a_stage(source, tmp_path, undisturbed_with_probes, chain, CHAINS_WITH_PROBES, *PROBES)
+
+
+def _kill_after_half_of_a_stage(source, tmp_path, undisturbed, chain, chains, *options):
     """Killed after half of a stage's units; counted from the units that began in both runs, and from run.json."""
     out, log = tmp_path / "out", tmp_path / "log"
     stages = {stage["name"].replace(" ", "-"): stage for stage in read_run(undisturbed[0])["stages"]}
-    n_units = {name: stages[name.split(".")[0]]["units"] for name in CHAINS}
+    n_units = {name: stages[name.split(".")[0]]["units"] for name in chains}
     half = (n_units[chain] + 1) // 2
-    assert n_units[chain] >= 4 or chain in ("fit", "merge-duplicates")
-    assert start(source, out, chain=chain, marker=half, log=str(log)).returncode == -signal.SIGKILL
+    assert n_units[chain] >= 4 or chain in ONE_UNIT
+    assert start(source, out, *options, chain=chain, marker=half, log=str(log)).returncode == -signal.SIGKILL
     # other threads and memory may finish it
-    done = finish(source, out, "--workers", "1", "--memory", "600MB", log=str(log))
+    done = finish(source, out, *options, "--workers", "1", "--memory", "600MB", log=str(log))
     begun = Counter(line.split()[0] for line in log.read_text().splitlines())
     assert sum(begun.values()) <= sum(n_units.values()) + 2
-    for name in CHAINS:
+    for name in chains:
         assert n_units[name] <= begun[name] <= n_units[name] + (2 if name == chain else 0)
     reused = {stage["name"].replace(" ", "-"): stage["reused"] for stage in read_run(out)["stages"]}
-    for name in CHAINS:
-        expected = n_units[name] if CHAINS.index(name) < CHAINS.index(chain) else 0
+    for name in chains:
+        expected = n_units[name] if chains.index(name) < chains.index(chain) else 0
         for stage in name.split("."):
             if name == chain:
                 assert half <= reused[stage] <= half + 1
@@ -418,18 +458,31 @@ def test_an_interrupt_ends_within_two_seconds_and_says_how_to_go_on(source, tmp_
     assert Answer(out) == undisturbed[1]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+always_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+
+
+@always_full
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_full_disk_is_told_and_the_run_goes_on_after_making_room(source, tmp_path, undisturbed, chain):
+    _fill_the_disk(source, tmp_path, undisturbed, chain, CHAINS)
+
+
+@always_full
+@pytest.mark.parametrize("chain", WITH_PROBES)
+def test_a_full_disk_with_probes(source, tmp_path, undisturbed_with_probes, chain):
+    _fill_the_disk(source, tmp_path, undisturbed_with_probes, chain, CHAINS_WITH_PROBES, *PROBES)
+
+
+def _fill_the_disk(source, tmp_path, undisturbed, chain, chains, *options):
     out = tmp_path / "out"
-    done = start(source, out, full=chain)
+    done = start(source, out, *options, full=chain)
     assert done.returncode == 2, done.stderr
     assert "no space left on the device; make room, then run again" in done.stderr
     assert str(out) in done.stderr
-    finish(source, out)
+    finish(source, out, *options)
     assert Answer(out) == undisturbed[1]
     reused = {stage["name"].replace(" ", "-"): stage["reused"] for stage in read_run(out)["stages"]}
-    assert all(reused[name.split(".")[0]] for name in CHAINS[: CHAINS.index(chain)])
+    assert all(reused[name.split(".")[0]] for name in chains[: chains.index(chain)])
 
 
 def test_stages_by_themselves_still_refuse_an_output_that_is_there(source, tmp_path):

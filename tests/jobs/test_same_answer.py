@@ -121,3 +121,12 @@ def test_other_rules(run, rows, tmp_path, rule):
     in_order = write_split(tmp_path / "in", some, 1, compression="none")
     folder = write_split(tmp_path / "shuffled", shuffled, 5, compression="none")
     assert run(folder, workers=1, memory="256MB", **rule) == run(in_order, **rule)
+
+
+def test_with_probes_everything_at_once(run, base, rows, tmp_path):
+    expected = run(probes=3)
+    assert not expected.duplicates.equals(base.duplicates)
+    assert expected.centroids == base.centroids
+    shuffled = with_lists_of(rows, pa.float64()).take(pa.array(np.random.default_rng(3).permutation(rows.num_rows)))
+    folder = write_split(tmp_path / "in", shuffled, 40, compression="none", row_group_size=500)
+    assert run(folder, probes=3, workers=1, memory="256MB", pairwise_batch_size=50) == expected

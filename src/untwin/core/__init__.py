@@ -3,6 +3,17 @@
 Every decision is independent, to the bit, of batching, row order, threads and BLAS: see `vectors` for how.
 """
 
+from untwin.core.borders import (
+    Pairs,
+    Reopened,
+    UnitRows,
+    first_copies,
+    pairs_within,
+    plane_distances,
+    planes_distances,
+    reach,
+    reopen,
+)
 from untwin.core.hashing import hash_bytes, hash_integers, hash_rows, mix_seed, uniform
 from untwin.core.kmeans import ArrayBlocks, KMeansResult, NearestCentroid, RowBlocks, fit, nearest
 from untwin.core.recall import BestNeighbours, LabelledRows, share_interval
@@ -30,12 +41,16 @@ __all__ = [
     "LabelledRows",
     "Matches",
     "NearestCentroid",
+    "Pairs",
     "RankedArray",
     "RankedRows",
+    "Reopened",
     "RowBlocks",
     "RowStore",
     "StoreFactory",
+    "UnitRows",
     "blocks",
+    "first_copies",
     "fit",
     "hash_bytes",
     "hash_integers",
@@ -46,7 +61,12 @@ __all__ = [
     "mix_seed",
     "nearest",
     "normalize",
+    "pairs_within",
+    "plane_distances",
+    "planes_distances",
     "product_error",
+    "reach",
+    "reopen",
     "rowwise_dot",
     "score_counts",
     "share_interval",

@@ -144,6 +144,43 @@ class NearestCentroid:
         at = np.searchsorted(self._index, labels)
         return labels, pair_squared_distance(X, np.arange(len(X)), self._centroids, at)
 
+    def order(self, X: Float32, count: int) -> Int32:
+        """The centroids nearest to each row, nearest first.
+
+        Args:
+            X: (n, D) float32 unit rows, C-contiguous.
+            count: How many.
+
+        Returns:
+            (n, count) int32; ties go to the lower index, as in `labels`, which the first column equals. A centroid
+            that is a copy of another never appears; -1 where there are no more.
+        """
+        out = np.full((len(X), count), -1, np.int32)
+        count = min(count, len(self._centroids))
+        for rows in slices_of(len(X), _ASSIGN_ROWS):
+            out[rows, :count] = self._index[self._nearest_few(X[rows], count)]
+        return out
+
+    def _nearest_few(self, X: Float32, count: int) -> npt.NDArray[np.intp]:
+        """The (n, count) largest x.c - |c|^2 / 2 among the distinct centroids, in exact order."""
+        n, tiles = len(X), []
+        top = np.full((n, count), -np.inf, np.float32)
+        for columns in slices_of(len(self._centroids), _ASSIGN_COLUMNS):
+            products = X @ self._centroids[columns].T
+            np.subtract(products, self._half_squares[columns], out=products)
+            best = products if products.shape[1] <= count else np.partition(products, -count, axis=1)[:, -count:]
+            top = np.partition(np.concatenate((top, best), axis=1), -count, axis=1)[:, -count:]
+            flat = np.flatnonzero(products >= float32_below(top.min(axis=1) - 2 * self._error)[:, None])
+            i, j = np.divmod(flat, products.shape[1])
+            tiles.append((i, j + columns.start, products.reshape(-1)[flat]))
+        i, j, score = (np.concatenate(parts) for parts in zip(*tiles, strict=True))
+        close = score >= float32_below(top.min(axis=1) - 2 * self._error)[i]
+        i, j = i[close], j[close]
+        order = np.lexsort((j, pair_squared_distance(X, i, self._centroids, j), i))
+        i, j = i[order], j[order]
+        place = np.arange(len(i)) - np.searchsorted(i, np.arange(n))[i]
+        return j[place < count].reshape(n, count)
+
     def _nearest(self, X: Float32) -> npt.NDArray[np.intp]:
         """Find the largest x.c - |c|^2 / 2 among the distinct centroids, exactly where it is close."""
         top = np.full(len(X), -np.inf, np.float32)

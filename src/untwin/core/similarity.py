@@ -272,7 +272,10 @@ class _Best:
         least = float32_below(np.maximum(bar, top - 2 * error)[open_rows])
         open_products = products if len(open_rows) == len(products) else products.take(open_rows, axis=0)
         i, j = np.divmod(np.flatnonzero(open_products >= least[:, None]), products.shape[1])
-        i = open_rows[i]
+        self.offer_pairs(open_rows[i], j, left, right)
+
+    def offer_pairs(self, i: npt.NDArray[np.intp], j: npt.NDArray[np.intp], left: _Rows, right: _Rows) -> None:
+        """Take pairs of rows into account; they come row by row."""
         i, j = _thin_out(i, j, left, right)
         value = _pair_cosine(left, i, right, j)
         position = right.position[j]

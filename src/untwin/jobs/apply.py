@@ -17,6 +17,7 @@ from untwin.errors import OutputExistsError, ParameterError, ResultMismatchError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
 from untwin.jobs.record import (
+    borders_record,
     collect,
     eps_table,
     now,
@@ -95,7 +96,9 @@ def apply(
     listing = Listing.read(storage, run_folder.listing_path)
     if parameters.kept != "none":
         listing.check_unchanged(storage)
-    check_disk(folder, kept_bytes(parameters, listing) + 2 * SIDE_BYTES * listing.n_rows)
+    probes = min((run.get("borders") or {}).get("probes", 1), run["clusters"]["n_clusters"])
+    visitors = (probes - 1) * (4 * listing.dim + SIDE_BYTES) * listing.n_rows
+    check_disk(folder, max(kept_bytes(parameters, listing), visitors) + 2 * SIDE_BYTES * listing.n_rows)
     with locked(storage, folder.path):
         done, begun = _existing(folder, run, parameters.answer())
         if done is not None:
@@ -119,10 +122,13 @@ def _execute(
 ) -> RunResult:
     started = time.perf_counter()
     storage = folder.storage
+    borders = run.get("borders") or {}
+    probes = borders.get("probes", 1)
     made = Ledger(storage, run_folder.path)
     made.load(check=False)
     clusters = [task for task in made.tasks_of(ClustersTask) if task.clusters]
-    stages = answer_stages(parameters, listing, run_folder.file("kmeans"), folder, clusters)
+    n_clusters = run["clusters"]["n_clusters"]
+    stages = answer_stages(parameters, listing, run_folder.file("kmeans"), folder, probes, n_clusters, clusters)
     outcome = Pipeline("untwin apply", stages=stages).run(executor, progress, ledger)
     if (run_folder.read_run() or {}).get("finished") != run["finished"]:
         raise OutputExistsError(f"{redact(run_folder.path)}: another run began there; this answer is of no use")
@@ -148,6 +154,7 @@ def _execute(
     record["resources"] = resources(executor)
     record["stages"] = stage_table(outcome)
     record["eps_table"] = eps_table(collect(outcome, PairsTask), parameters, found.n_duplicates)
+    record["borders"] = borders_record(outcome, probes, borders.get("chosen"))
     record["files"] = {**run["files"], "duplicates": result_files(outcome, folder)["duplicates"]}
     record["peak_memory_bytes"] = peak_memory()
     record["seconds"] = round(time.perf_counter() - started, 3)

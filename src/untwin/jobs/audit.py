@@ -32,12 +32,14 @@ def audit(
     """Measure what a finished run missed at the borders of its clusters, and add it to its `run.json`.
 
     Sampled rows are compared exactly with all rows. Recall is that of cosine neighbours, not of human judgement:
-    of the rows that have another row within eps, the share that have such a row in their own cluster.
+    of the rows that have another row within eps, the share that have such a row among those they were compared with:
+    the rows of their own cluster, and those of others if the run had probes.
 
     Args:
         output_path: Output folder of a finished run, or of `untwin.apply`.
         eps: Recall is reported for this value too, and it decides how many rows are sampled; default: the one in
-            force, or 0.05 for a run without eps.
+            force, or 0.05 for a run without eps. For a run with probes at most the one in force: beyond it, rows of
+            different clusters were not compared.
         seed: Seed of the sample; default: that of the run.
         min_neighbours: Rows are sampled until so many have a neighbour within eps, or all rows are.
         max_sample: Sample no more than about so many rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class RunParameters:
         output: Output folder.
         eps: Threshold; None stops before the removal.
         n_clusters: Number of clusters; None chooses it.
+        probes: Clusters that a row is compared with, its own and the next-nearest ones; None chooses it.
+        target_recall: Share of the rows with a neighbour whose neighbour is to be compared, where probes are chosen.
         id_field: Column of ids.
         embedding_field: Column of embeddings.
         metadata_fields: Columns to carry along.
@@ -58,6 +61,8 @@ class RunParameters:
     output: str
     eps: float | None = None
     n_clusters: int | None = None
+    probes: int | None = 1
+    target_recall: float = 0.999
     id_field: str = "id"
     embedding_field: str = "embedding"
     metadata_fields: tuple[str, ...] = ()
@@ -77,10 +82,16 @@ class RunParameters:
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the input."""
-        for name, least in (("n_clusters", 1), ("embedding_dim", 1), ("pairwise_batch_size", 1), ("seed", 0)):
+        for name, least in (
+            ("n_clusters", 1),
+            ("embedding_dim", 1),
+            ("pairwise_batch_size", 1),
+            ("seed", 0),
+            ("probes", 1),
+        ):
             value = getattr(self, name)
             # plain Python numbers: those of NumPy cannot be written as JSON
-            none = value is None and name in ("n_clusters", "embedding_dim")
+            none = value is None and name in ("n_clusters", "probes", "embedding_dim")
             object.__setattr__(self, name, None if none else checks.whole(name, value, least))
         if self.eps is not None:
             threshold(self.eps)
@@ -91,6 +102,15 @@ class RunParameters:
         checks.one_of("compare_to", self.compare_to, ("kept", "ranked"))
         checks.one_of("kept", self.kept, ("compact", "mirror", "none"))
         checks.one_of("on_repeated_id", self.on_repeated_id, ("error", "first"))
+        if self.probes != 1 and self.eps is None:
+            raise ParameterError(
+                f"probes is {self.probes or 'auto'} without eps; rows of different clusters are compared only where "
+                "they can be within eps: give an eps, or leave probes at 1"
+            )
+        target = self.target_recall
+        if isinstance(target, bool) or not isinstance(target, numbers.Real) or not 0 < target < 1:
+            raise ParameterError(f"target_recall is {target!r}; it must be a number greater than 0 and less than 1")
+        object.__setattr__(self, "target_recall", float(target))
         if self.drop_intermediate and self.eps is None:
             raise ParameterError(
                 "drop_intermediate without eps would leave nothing; give an eps, or keep the intermediate files"
@@ -118,6 +138,8 @@ class RunParameters:
             "input_path": [redact(normalize_path(path)) for path in self.inputs],
             "eps": self.eps,
             "n_clusters": self.n_clusters or "auto",
+            "probes": self.probes or "auto",
+            "target_recall": self.target_recall if self.probes is None else None,
             "id_field": self.id_field,
             "embedding_field": self.embedding_field,
             "metadata_fields": list(self.metadata_fields),

@@ -29,9 +29,11 @@ from untwin.stages.pairwise import merge_examples
 from untwin.stages.tasks import (
     CentroidsTask,
     ClustersTask,
+    CrossedTask,
     DuplicatesTask,
     KeptTask,
     PairsTask,
+    ReopenedTask,
     RepeatsTask,
     ShardsTask,
 )
@@ -90,8 +92,11 @@ def describe_input(listing: Listing, parameters: RunParameters) -> dict[str, Any
 
 
 def collect(outcome: Outcome, kind: type[Any]) -> list[Any]:
-    """All tasks of a kind that a run gave."""
-    return [task for tasks in outcome.tasks.values() for task in tasks if isinstance(task, kind)]
+    """The tasks of a kind that a run gave; those of the last stage, where several gave some."""
+    for tasks in reversed(outcome.tasks.values()):
+        if found := [task for task in tasks if isinstance(task, kind)]:
+            return found
+    return []
 
 
 def row_counts(outcome: Outcome, n_rows: int) -> dict[str, Any]:
@@ -127,7 +132,10 @@ def stage_table(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def eps_table(pairs: Sequence[PairsTask], parameters: RunParameters, n_duplicates: int | None) -> list[dict[str, Any]]:
-    """Duplicates at each eps of the grid, and at the eps in force."""
+    """Duplicates at each eps of the grid, and at the eps in force.
+
+    With probes the grid ends there: beyond it rows of different clusters were not looked at.
+    """
     compared = max(1, sum(task.n_rows for task in pairs))
     totals = np.sum([task.counts for task in pairs], axis=0) if pairs else np.zeros(len(EPS_GRID), int)
     examples = merge_examples(pairs)
@@ -141,6 +149,7 @@ def eps_table(pairs: Sequence[PairsTask], parameters: RunParameters, n_duplicate
             "examples": [{"id": pair.id, "max_id": pair.max_id, "cosine_sim_score": pair.score} for pair in shown],
         }
         for eps, total, shown in zip(EPS_GRID, totals, examples, strict=True)
+        if parameters.probes == 1 or parameters.eps is None or eps <= parameters.eps
     }
     if parameters.eps is not None and n_duplicates is not None:
         known = rows.get(parameters.eps, {"examples": []})
@@ -152,6 +161,28 @@ def eps_table(pairs: Sequence[PairsTask], parameters: RunParameters, n_duplicate
             "examples": known["examples"],
         }
     return [rows[eps] for eps in sorted(rows)]
+
+
+def borders_record(outcome: Outcome, probes: int, chosen: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What `run.json` says of comparing across the borders of clusters; None if only their own rows were compared.
+
+    Args:
+        outcome: The run.
+        probes: Clusters that each row was compared with.
+        chosen: What that number follows from, if it was chosen.
+    """
+    if probes == 1 and chosen is None:
+        return None
+    sizes = np.array([rows for task in collect(outcome, PairsTask) for _, rows in task.clusters], np.int64)
+    across = collect(outcome, CrossedTask)
+    return {
+        "probes": probes,
+        "pairs_inside": int((sizes * (sizes - 1) // 2).sum()),
+        "pairs_across": sum(task.n_products for task in across),
+        "pairs_across_within_eps": sum(task.n_pairs for task in across),
+        "open_rows": sum(task.n_open for task in collect(outcome, ReopenedTask)),
+        "chosen": chosen,
+    }
 
 
 def run_record(

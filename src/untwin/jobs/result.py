@@ -56,7 +56,8 @@ class RecallRow:
     Attributes:
         eps: Threshold.
         with_neighbour: Sampled rows that have another row within eps; None where nothing had to be sampled.
-        compared: Those of them that have such a row in their own cluster; None as above.
+        compared: Those of them that have such a row among the rows that they were compared with: those of their own
+            cluster, and with probes of others; None as above.
         recall: `compared` as a share of `with_neighbour`; None where that is 0.
         low: Lower end of its 95 % interval; equal to `recall` where all rows were sampled.
         high: Upper end.
@@ -97,6 +98,7 @@ class Audit:
 
     Attributes:
         eps: Decided how many rows were sampled.
+        probes: Clusters that the run compared a row with, its own and the next-nearest ones.
         n_rows: Rows that were clustered.
         n_sampled: Rows sampled; 0 where there is one cluster, so that nothing can be missed.
         by_construction: Whether that is so.
@@ -106,6 +108,7 @@ class Audit:
     """
 
     eps: float
+    probes: int
     n_rows: int
     n_sampled: int
     by_construction: bool
@@ -118,6 +121,7 @@ class Audit:
         """Make it of what `run.json` holds."""
         return cls(
             eps=record["parameters"]["eps"],
+            probes=record.get("probes", 1),
             n_rows=record["rows"],
             n_sampled=record["sampled"],
             by_construction=record["by_construction"],

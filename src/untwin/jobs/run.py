@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +18,11 @@ from untwin.backends.local import LocalExecutor
 from untwin.errors import OutputExistsError, ParameterError, ResourceError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
-from untwin.jobs.recall import measure_recall
+from untwin.jobs.recall import choose_probes, measure_recall
 from untwin.jobs.record import (
+    borders_record,
     check_every_row,
+    collect,
     describe_input,
     now,
     resources,
@@ -32,6 +36,7 @@ from untwin.plan import Plan, make_plan
 from untwin.stages import checks
 from untwin.stages.assign import AssignStage
 from untwin.stages.base import CompositeStage, Stage, Task
+from untwin.stages.borders import Borders, BordersStage, CrossStage
 from untwin.stages.duplicates import IdentifyDuplicatesStage
 from untwin.stages.fit import FitStage
 from untwin.stages.kmeans import KMeansStage
@@ -39,11 +44,13 @@ from untwin.stages.pairwise import PairwiseStage
 from untwin.stages.removal import RemoveDuplicatesStage
 from untwin.stages.repeats import RepeatsStage
 from untwin.stages.sample import SampleStage
-from untwin.stages.tasks import Cluster, ClustersTask
-from untwin.storage.files import Storage, normalize_path, real_path, redact
+from untwin.stages.tasks import Cluster, ClustersTask, HostsTask, ProbesTask
+from untwin.storage.files import Storage, join, normalize_path, real_path, redact
 from untwin.storage.listing import Fields, Listing, list_inputs
 from untwin.storage.lock import check_unlocked, locked
+from untwin.storage.partitions import CENTROIDS
 
+CHOSEN = "choose-probes"
 CHECKED = "check"
 """Noted in the ledger once every row was found to be kept, duplicate or rejected."""
 _MAX_ITER = 20
@@ -78,10 +85,14 @@ class PreparedRun:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that the output takes at its largest: vectors twice, then vectors and the rows that stay."""
+        """Bytes that the output takes at its largest: vectors twice, then vectors and the rows that stay.
+
+        Vectors that visit other clusters come in between, once for each probe.
+        """
         vectors = self.plan.vector_bytes + SIDE_BYTES * self.plan.n_rows
         kept = kept_bytes(self.parameters, self.listing)
-        return vectors + max(vectors, kept) + SIDE_BYTES * self.plan.n_rows
+        visitors = (min(self.parameters.probes or 2, self.plan.n_clusters) - 1) * vectors
+        return vectors + max(vectors, kept, visitors) + SIDE_BYTES * self.plan.n_rows
 
     @property
     def summary(self) -> str:
@@ -128,7 +139,8 @@ class PreparedRun:
         n_rows = plan.n_rows if plan.n_clusters == 1 else min(plan.n_rows, int(_UNIT_SPREAD * plan.unit_rows))
         clusters = tuple(Cluster(number, size, ()) for number in range(min(2, plan.n_clusters)))
         group = ClustersTask(0, n_rows, plan.dim, clusters)
-        for step in self.stages():
+        known[CrossStage] = HostsTask(0, n_rows, 0, plan.dim, clusters, n_rows)
+        for step in self.stages(self.parameters.probes or 2):
             for stage in step.stages() if isinstance(step, CompositeStage) else [step]:
                 yield stage, known.get(type(stage), group)
 
@@ -159,7 +171,14 @@ class PreparedRun:
     def _execute(self, ledger: Ledger, progress: Progress | None) -> RunResult:
         started = time.perf_counter()
         parameters, folder = self.parameters, self.folder
-        outcome = Pipeline("untwin run", stages=self.stages()).run(self.executor, progress, ledger)
+        first, probes, chosen = None, parameters.probes, None
+        if probes is None:
+            first = Pipeline("untwin run", stages=self.stages(1)[:2]).run(self.executor, progress, ledger)
+            probes, chosen = self._choose_probes(collect(first, ClustersTask), ledger, progress)
+        outcome = Pipeline("untwin run", stages=self.stages(probes)).run(self.executor, progress, ledger)
+        if first is not None:
+            reports = (*first.reports, *outcome.reports[len(first.reports) :])
+            outcome = dataclasses.replace(outcome, reports=reports)
         intermediate = [] if parameters.audit else self._intermediate
         if ledger.finished(CHECKED) is None:
             check_every_row(outcome, self.listing, folder)
@@ -173,12 +192,39 @@ class PreparedRun:
             n_clusters=self.plan.n_clusters,
             resources=resources(self.executor),
         )
+        record["borders"] = borders_record(outcome, probes, chosen)
         record["files"] = result_files(outcome, folder)
         record["files"]["rejected"] += write_skipped(self.listing, folder)
         record["seconds"] = round(time.perf_counter() - started, 3)
         folder.abort_uploads()
         folder.storage.write_json(folder.run_path, record)
         return self._finished(record, progress)
+
+    def _choose_probes(
+        self, clusters: Sequence[ClustersTask], ledger: Ledger, progress: Progress | None
+    ) -> tuple[int, dict[str, Any]]:
+        """The number of probes that reaches the target recall, and what it follows from; measured once."""
+        known = ledger.finished(CHOSEN)
+        if known is not None:
+            (task,) = known.tasks[0]
+            assert isinstance(task, ProbesTask)
+            return task.probes, json.loads(task.facts)
+        parameters, folder = self.parameters, self.folder
+        assert parameters.eps is not None
+        probes, facts = choose_probes(
+            folder,
+            clusters,
+            self.executor,
+            centroids_path=folder.file("kmeans", CENTROIDS),
+            id_field=parameters.id_field,
+            embedding_field=parameters.embedding_field,
+            eps=parameters.eps,
+            target_recall=parameters.target_recall,
+            seed=parameters.seed,
+            progress=progress,
+        )
+        ledger.finish(CHOSEN, [[ProbesTask(0, self.listing.n_rows, probes, json.dumps(facts))]], self.listing.n_rows)
+        return probes, facts
 
     @property
     def to_audit(self) -> bool:
@@ -203,8 +249,8 @@ class PreparedRun:
                 folder.storage.remove(path)
         return RunResult.from_run(folder, record)
 
-    def stages(self) -> list[Stage | CompositeStage]:
-        """All steps, with the parameters of this run."""
+    def stages(self, probes: int) -> list[Stage | CompositeStage]:
+        """All steps, with the parameters of this run, for a number of clusters that each row is compared with."""
         parameters, folder = self.parameters, self.folder
         kmeans = KMeansStage(
             n_clusters=self.plan.n_clusters,
@@ -223,7 +269,8 @@ class PreparedRun:
         )
         kmeans.rejected_path = folder.file("rejected")
         kmeans.prepare(self.listing, self.plan)
-        return [kmeans, *answer_stages(parameters, self.listing, folder.file("kmeans"), folder)]
+        n_clusters = self.plan.n_clusters
+        return [kmeans, *answer_stages(parameters, self.listing, folder.file("kmeans"), folder, probes, n_clusters)]
 
 
 def answer_stages(
@@ -231,6 +278,8 @@ def answer_stages(
     listing: Listing,
     clusters_path: str,
     folder: OutputFolder,
+    probes: int,
+    n_clusters: int,
     clusters: Sequence[ClustersTask] | None = None,
 ) -> list[Stage | CompositeStage]:
     """The steps from clusters to the answer.
@@ -240,14 +289,18 @@ def answer_stages(
         listing: The input.
         clusters_path: The `kmeans/` folder.
         folder: Where the answer goes.
+        probes: Clusters that each row is compared with.
+        n_clusters: Number of clusters.
         clusters: The clusters, where no stage before these tells.
     """
     kwargs = _storage_kwargs(parameters)
+    # rows of other clusters can change the answer: what a cluster finds by itself is set aside
+    aside = parameters.probes != 1
     pairwise = PairwiseStage(
         id_field=parameters.id_field,
         embedding_field=parameters.embedding_field,
         input_path=clusters_path,
-        output_path=folder.file("pairwise"),
+        output_path=folder.file("pairwise", "_inside") if aside else folder.file("pairwise"),
         ranking_strategy=parameters.ranking(),
         pairwise_batch_size=parameters.pairwise_batch_size,
         # without eps nothing is decided: the scores are those against every better-ranked row
@@ -258,10 +311,16 @@ def answer_stages(
     pairwise.clusters = clusters
     if parameters.eps is None:
         return [pairwise]
+    stages: list[Stage | CompositeStage] = [pairwise]
+    if aside:
+        centroids_path = join(clusters_path, CENTROIDS)
+        borders = Borders(pairwise, folder.file("pairwise"), centroids_path, n_clusters, probes, listing.n_rows)
+        stages.append(BordersStage(borders))
     identify = IdentifyDuplicatesStage(folder.path, parameters.eps, **kwargs)
     identify.n_input_rows = listing.n_rows
+    stages.append(identify)
     if parameters.kept == "none":
-        return [pairwise, identify]
+        return stages
     remove = RemoveDuplicatesStage(
         input_path=list(parameters.inputs),
         output_path=folder.file("kept"),
@@ -271,7 +330,7 @@ def answer_stages(
         **kwargs,
     )
     remove.listing = listing
-    return [pairwise, identify, remove]
+    return [*stages, remove]
 
 
 def _storage_kwargs(parameters: RunParameters) -> dict[str, Any]:
@@ -369,6 +428,8 @@ def deduplicate(
     *,
     eps: float | None = None,
     n_clusters: int | str | None = "auto",
+    probes: int | str | None = 1,
+    target_recall: float = 0.999,
     id_field: str = "id",
     embedding_field: str = "embedding",
     metadata_fields: Sequence[str] = (),
@@ -398,6 +459,10 @@ def deduplicate(
         eps: A row is a duplicate when its cosine similarity to a kept row is at least 1 - eps. None stops before the
             removal: look at `eps_table()`, then call `untwin.apply`.
         n_clusters: Number of clusters; "auto" chooses it from the number of rows.
+        probes: Compare each row with its own and the next-nearest clusters, so many in all; needs an eps. "auto"
+            chooses it from a sample, to reach `target_recall`.
+        target_recall: For probes="auto": of the rows with a neighbour within eps, the share whose neighbour is to be
+            compared.
         id_field: Column of ids.
         embedding_field: Column of embeddings: lists of float16, float32 or float64.
         metadata_fields: Columns to carry into `kmeans/`.
@@ -428,11 +493,15 @@ def deduplicate(
     """
     if isinstance(n_clusters, str) and n_clusters != "auto":
         raise ParameterError(f"n_clusters is {n_clusters!r}; it must be a number or 'auto'")
+    if isinstance(probes, str) and probes != "auto":
+        raise ParameterError(f"probes is {probes!r}; it must be a number or 'auto'")
     parameters = RunParameters(
         inputs=tuple(checks.paths("input_path", input_path)),
         output=checks.path("output_path", output_path),
         eps=eps,
         n_clusters=None if isinstance(n_clusters, str) else n_clusters,
+        probes=None if isinstance(probes, str) else probes,
+        target_recall=target_recall,
         id_field=id_field,
         embedding_field=embedding_field,
         metadata_fields=(metadata_fields,)
@@ -464,6 +533,8 @@ def parameters_of(run: Mapping[str, Any], storage_options: Mapping[str, Any]) ->
         output="",
         eps=saved["eps"],
         n_clusters=None if saved["n_clusters"] == "auto" else saved["n_clusters"],
+        probes=None if saved.get("probes", 1) == "auto" else saved.get("probes", 1),
+        target_recall=saved.get("target_recall") or 0.999,
         id_field=saved["id_field"],
         embedding_field=saved["embedding_field"],
         metadata_fields=tuple(saved["metadata_fields"]),

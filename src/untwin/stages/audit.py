@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from untwin.core import BestNeighbours, LabelledRows, is_duplicate, mix_seed, threshold
+from untwin.core import BestNeighbours, LabelledRows, NearestCentroid, is_duplicate, mix_seed, threshold
 from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.stages.clustering import AUDIT_SEED
 from untwin.stages.ids import hash_ids
@@ -27,6 +27,8 @@ _BLOCK_BYTES = 8 << 20
 _SCRATCH = 32 << 20
 _SIDE_BYTES = 128
 """Of a sampled row: its numbers and what was found for it."""
+_LEVEL_BYTES = 64
+"""Of a sampled row, for each level beyond the first: a place of its order, and what was found for it."""
 _FOUND = np.dtype([("at", np.int64), ("score", np.float32)])
 _loading = threading.Lock()
 
@@ -46,6 +48,9 @@ class Audit:
         eps: For which recall is counted.
         kept_bitmap: Bits of the rows that stay; empty where nothing is decided.
         n_sampled: Rows in the sample, about.
+        n_levels: Levels at which pairs are told apart; see `untwin.core.recall`.
+        centroids_path: `_centroids.npy`; needed for more than one level.
+        n_centroids: How many they are.
     """
 
     storage: Storage
@@ -58,6 +63,9 @@ class Audit:
     eps: tuple[float, ...]
     kept_bitmap: str
     n_sampled: int
+    n_levels: int = 1
+    centroids_path: str = ""
+    n_centroids: int = 0
 
     @property
     def dim(self) -> int:
@@ -65,9 +73,9 @@ class Audit:
         return self.clusters[0].dim
 
 
-def sample_bytes(dim: int, n_rows: int) -> int:
+def sample_bytes(dim: int, n_rows: int, n_levels: int = 1) -> int:
     """Memory that a sample takes."""
-    return n_rows * (4 * dim + _SIDE_BYTES)
+    return n_rows * (4 * dim + _SIDE_BYTES + _LEVEL_BYTES * (n_levels - 1))
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class SampledTask(Task):
 
 @dataclass(frozen=True)
 class ComparedTask(Task):
-    """The most similar rows that a group of clusters has for the sampled rows, where within the largest eps."""
+    """The most similar rows that a group of clusters has for the sampled rows at each level, within the largest eps."""
 
     path: str
 
@@ -91,13 +99,13 @@ class RecallTask(Task):
 
     Attributes:
         near: For each eps, sampled rows that have a neighbour.
-        compared: Those that have one in their own cluster.
+        compared: For each level, and then each eps: those that have one at this level or a lower one.
         n_kept: Sampled rows that stay.
         near_kept: For each eps, sampled rows that stay and have a neighbour that stays.
     """
 
     near: tuple[int, ...]
-    compared: tuple[int, ...]
+    compared: tuple[tuple[int, ...], ...]
     n_kept: int
     near_kept: tuple[int, ...]
 
@@ -116,7 +124,10 @@ class _Sample:
         for part in parts:
             X[place[done : done + part.n_rows]] = read_array(audit.storage, part.vectors_path)
             done += part.n_rows
-        self.rows = LabelledRows(X, labels[order], numbers[order])
+        self.centroids: NearestCentroid | None = None
+        if audit.n_levels > 1:
+            self.centroids = NearestCentroid(np.asarray(read_array(audit.storage, audit.centroids_path), np.float32))
+        self.rows = LabelledRows(X, labels[order], numbers[order], self.centroids, audit.n_levels)
 
 
 class AuditSampleStage(Stage):
@@ -176,8 +187,13 @@ class AuditCompareStage(Stage):
         return self.audit.clusters
 
     def memory(self, task: ClustersTask) -> int:
-        """The sample, a block of rows as read and in the order of clusters, and the products."""
-        return sample_bytes(task.dim, self.audit.n_sampled) + 4 * _BLOCK_BYTES + _SCRATCH
+        """The sample, a block of rows as read and in the order of clusters, the products, and the centroids."""
+        audit = self.audit
+        memory = sample_bytes(task.dim, audit.n_sampled, audit.n_levels) + 4 * _BLOCK_BYTES + _SCRATCH
+        if audit.n_levels > 1:
+            orders = 4 * audit.n_levels * self._block_rows(task.dim)
+            memory += 3 * 4 * task.dim * audit.n_centroids + orders + _SCRATCH
+        return memory
 
     def finish(self) -> None:
         """Let go of the sample."""
@@ -185,7 +201,8 @@ class AuditCompareStage(Stage):
 
     def process(self, task: ClustersTask, context: Context) -> ComparedTask:
         """Compare the sample with a group of clusters."""
-        sample = self._load().rows
+        held = self._load()
+        sample = held.rows
         floor = threshold(max(self.audit.eps))
         best = {stays: BestNeighbours(sample, floor) for stays in (True, False)}
         for X, labels, numbers in self._blocks(task):
@@ -193,10 +210,13 @@ class AuditCompareStage(Stage):
             for kept, found in best.items():
                 chosen = np.flatnonzero(stays == kept)
                 if len(chosen):
-                    block = LabelledRows(X[chosen], labels[chosen], numbers[chosen])
+                    block = LabelledRows(
+                        X[chosen], labels[chosen], numbers[chosen], held.centroids, self.audit.n_levels
+                    )
                     list(context.map(_Compare(found, block), found.slices))
-        scores = np.stack([part for kept in (True, False) for part in best[kept].scores()])
-        at = np.flatnonzero(scores)
+        scores = np.stack([best[kept].scores() for kept in (True, False)])
+        # a level that has nothing better than the one before says nothing
+        at = np.flatnonzero(np.diff(scores, axis=1, prepend=np.float32(0)))
         entries = np.empty(len(at), _FOUND)
         entries["at"], entries["score"] = at, scores.reshape(-1)[at]
         path = join(self.audit.work_path, f"found-{task.unit:06d}.npy")
@@ -212,10 +232,14 @@ class AuditCompareStage(Stage):
                 self._sample = _Sample(audit, self._parts)
             return self._sample
 
+    @staticmethod
+    def _block_rows(dim: int) -> int:
+        return max(64, _BLOCK_BYTES // (4 * dim))
+
     def _blocks(self, task: ClustersTask) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]]:
         """Rows of some clusters, a few MB at a time: vectors, clusters, row numbers."""
         audit = self.audit
-        most = max(64, _BLOCK_BYTES // (4 * task.dim))
+        most = self._block_rows(task.dim)
         held: list[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]] = []
         n_held = 0
         for cluster in task.clusters:
@@ -264,18 +288,18 @@ class AuditCountStage(Stage):
 
     def memory(self, task: Task) -> int:
         """What was found for the sample."""
-        return sample_bytes(self.audit.dim, task.n_rows) + _SCRATCH
+        return sample_bytes(self.audit.dim, task.n_rows, self.audit.n_levels) + _SCRATCH
 
     def process(self, task: Task, context: Context) -> RecallTask:
         """Count."""
         audit = self.audit
-        scores = np.zeros(4 * task.n_rows, np.float32)
+        shape = (2, audit.n_levels + 1, task.n_rows)
+        scores = np.zeros(np.prod(shape), np.float32)
         for part in self._compared:
             entries: NDArray[np.void] = np.asarray(read_array(audit.storage, part.path), _FOUND)
             scores[entries["at"]] = np.maximum(scores[entries["at"]], entries["score"])
-        own_kept, other_kept, own_removed, other_removed = scores.reshape(4, -1)
-        own, kept = np.maximum(own_kept, own_removed), np.maximum(own_kept, other_kept)
-        best = np.maximum(own, np.maximum(other_kept, other_removed))
+        over_kept, over_removed = np.maximum.accumulate(scores.reshape(shape), axis=1)
+        best = np.maximum(over_kept, over_removed)
         stays = np.zeros(task.n_rows, np.bool_)
         if audit.kept_bitmap:
             facts = np.concatenate([read_array(audit.storage, part.facts_path) for part in self._sampled], axis=1)
@@ -285,10 +309,10 @@ class AuditCountStage(Stage):
         return RecallTask(
             unit=0,
             n_rows=task.n_rows,
-            near=_counts(best, audit.eps),
-            compared=_counts(own, audit.eps),
+            near=_counts(best[-1], audit.eps),
+            compared=tuple(_counts(level, audit.eps) for level in best[:-1]),
             n_kept=int(stays.sum()),
-            near_kept=_counts(kept[stays], audit.eps),
+            near_kept=_counts(over_kept[-1][stays], audit.eps),
         )
 
 

@@ -15,6 +15,7 @@ from untwin.core import is_duplicate, threshold
 from untwin.errors import OutputExistsError, ParameterError
 from untwin.stages import checks
 from untwin.stages.base import CompositeStage, Context, Stage, Task, Upstream, storage_of
+from untwin.stages.borders import AnswerStage
 from untwin.stages.pairwise import PairwiseStage, result_facts
 from untwin.stages.tasks import CentroidsTask, DuplicatesTask, PairsTask, SelectedTask
 from untwin.storage.bitmap import empty_bitmap, set_bits
@@ -88,15 +89,17 @@ class _SelectStage(Stage):
 
     def check(self, before: Sequence[Stage]) -> None:
         """Refuse an eps that does not fit the `PairwiseStage` before this one."""
-        if not before or not isinstance(before[-1], PairwiseStage):
+        last = before[-1] if before else None
+        pairwise = last.borders.pairwise if isinstance(last, AnswerStage) else last
+        if not isinstance(pairwise, PairwiseStage):
             raise ParameterError(
                 "IdentifyDuplicatesStage has no pairwise results to read; add a PairwiseStage right before it"
             )
-        _check_eps(self._eps, before[-1].eps)
+        _check_eps(self._eps, pairwise.eps)
 
     def units(self, upstream: Upstream) -> Sequence[Task]:
-        """The units of the pairwise stage."""
-        return upstream.of(PairsTask)
+        """The units of the stage before."""
+        return [task for task in upstream.last if isinstance(task, PairsTask)]
 
     def memory(self, task: Any) -> int:
         """The results of a unit."""

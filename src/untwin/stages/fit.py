@@ -15,7 +15,7 @@ from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.stages.clustering import Clustering
 from untwin.stages.tasks import CentroidsTask, SampleTask
 from untwin.storage.files import join
-from untwin.storage.partitions import write_array
+from untwin.storage.partitions import CENTROIDS, write_array
 from untwin.storage.rows import batch_rows
 from untwin.storage.sample import SampleBlocks, read_hashes
 
@@ -81,7 +81,7 @@ class FitStage(Stage):
         in_memory = self.memory(task) <= context.memory
         blocks = _loaded(on_disk, n_sampled) if in_memory else on_disk
         result = fit(blocks, job.plan.n_clusters, seed=job.seed, executor_map=context.map, **self._options)
-        path = join(job.output_path, "_centroids.npy")
+        path = join(job.output_path, CENTROIDS)
         write_array(job.target, path, result.centroids)
         weights = (result.counts * (job.plan.vector_bytes / max(1, n_sampled))).astype(np.int64)
         return CentroidsTask(

@@ -18,6 +18,7 @@ from untwin.core import (
     EPS_GRID,
     Matches,
     RankedArray,
+    RankedRows,
     RowStore,
     match_ranked,
     normalize,
@@ -258,15 +259,16 @@ class PairwiseStage(Stage):
         if self.embedding_dim not in (None, task.dim):
             raise ParameterError(f"embedding_dim is {self.embedding_dim}, but the vectors have {task.dim} elements")
         counts = np.zeros(len(EPS_GRID), np.int64)
-        examples = _Examples()
+        examples = Examples()
         rows: list[NDArray[np.int64]] = []
         sizes: list[tuple[int, int]] = []
         for cluster in task.clusters:
             table, order, matches = self._match(cluster, task, context)
             ids = table[self.id_field].combine_chunks().take(pa.array(order))
-            self._write(cluster.centroid, ids, matches)
+            result = _result(ids, matches)
+            self.write_result(self.output_path, cluster.centroid, result)
             counts += score_counts(matches.score)
-            examples.add(ids, matches)
+            examples.add(ids, result["max_id"], matches.score)
             sizes.append((cluster.centroid, cluster.n_rows))
             if task.has_rows:
                 rows.append(table[ROW].to_numpy()[order])
@@ -284,41 +286,46 @@ class PairwiseStage(Stage):
             examples=examples.chosen(),
         )
 
+    def load(
+        self, cluster: Cluster, task: ClustersTask, context: Context, stack: ExitStack
+    ) -> tuple[pa.Table, NDArray[np.int64], RankedRows]:
+        """A cluster: its rows without vectors in the order of the files, their rank order, and the ranked vectors.
+
+        The vectors stay on the disk if they do not fit the memory; `stack` closes what holds them.
+        """
+        if self.memory(ClustersTask(0, cluster.n_rows, task.dim, (cluster,))) <= context.memory:
+            table = read_partition(self.source, cluster.files, self.columns(task))
+            vectors = self._vectors(table[self.embedding_field], task, cluster)
+            table = self._side_columns(table)
+            order = self.ranking.order(table, self.id_field)
+            return table, order, RankedArray(vectors, order)
+        spool = stack.enter_context(VectorFile(self._scratch(), task.dim))
+        table = self._side_columns(self._spooled(cluster, task, spool))
+        order = self.ranking.order(table, self.id_field)
+        return table, order, RankedFile(spool, order)
+
+    def _scratch(self) -> str | None:
+        return scratch_folder(self._work_path, remote=is_remote(self.output_path))
+
     def _match(
         self, cluster: Cluster, task: ClustersTask, context: Context
     ) -> tuple[pa.Table, NDArray[np.int64], Matches]:
         """Rows without vectors, in the order of the files; their rank order; and their matches."""
-        share = context.map if context.threads > 1 else None
-        in_memory = self.memory(ClustersTask(0, cluster.n_rows, task.dim, (cluster,))) <= context.memory
         with ExitStack() as stack:
-            if in_memory:
-                table = read_partition(self.source, cluster.files, self._columns(task))
-                vectors = self._vectors(table[self.embedding_field], task, cluster)
-                table = self._side_columns(table)
-                order = self.ranking.order(table, self.id_field)
-                matches = match_ranked(
-                    RankedArray(vectors, order),
-                    eps=self.eps,
-                    compare_to=self.compare_to,  # type: ignore[arg-type]
-                    batch_size=self.pairwise_batch_size,
-                    executor_map=share,
-                )
-                return table, order, matches
-            folder = scratch_folder(self._work_path, remote=is_remote(self.output_path))
-            spool = stack.enter_context(VectorFile(folder, task.dim))
-            table = self._side_columns(self._spooled(cluster, task, spool))
-            order = self.ranking.order(table, self.id_field)
+            table, order, rows = self.load(cluster, task, context, stack)
 
             def stores(_: int, dim: int) -> tuple[RowStore, RowStore]:
+                folder = self._scratch()
                 return stack.enter_context(VectorFile(folder, dim)), stack.enter_context(VectorFile(folder, dim))
 
+            spooled = isinstance(rows, RankedFile)
             matches = match_ranked(
-                RankedFile(spool, order),
+                rows,
                 eps=self.eps,
                 compare_to=self.compare_to,  # type: ignore[arg-type]
-                batch_size=_spooled_batch(task.dim),
-                executor_map=share,
-                store_factory=stores,
+                batch_size=_spooled_batch(task.dim) if spooled else self.pairwise_batch_size,
+                executor_map=context.map if context.threads > 1 else None,
+                store_factory=stores if spooled else None,
             )
             return table, order, matches
 
@@ -328,7 +335,7 @@ class PairwiseStage(Stage):
         These are read first, on their own: small pieces of memory that outlive a batch would scatter over the heap,
         and keep the memory of the vectors between them from being used again.
         """
-        names = [name for name in self._columns(task) if name != self.embedding_field]
+        names = [name for name in self.columns(task) if name != self.embedding_field]
         table = read_partition(self.source, cluster.files, names).combine_chunks()
         n_rows = 0
         for batch in iterate_partition(self.source, cluster.files, [self.embedding_field], batch_rows(task.dim)):
@@ -337,7 +344,8 @@ class PairwiseStage(Stage):
             n_rows += len(vectors)
         return table
 
-    def _columns(self, task: ClustersTask) -> list[str]:
+    def columns(self, task: ClustersTask) -> list[str]:
+        """The columns of the clusters that are needed."""
         wanted = [self.id_field, self.embedding_field, *self.ranking.metadata_cols]
         return list(dict.fromkeys([*wanted, ROW] if task.has_rows else wanted))
 
@@ -368,32 +376,37 @@ class PairwiseStage(Stage):
             parts.append(vectors)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _write(self, centroid: int, ids: pa.Array, matches: Matches) -> None:
-        columns = {
-            "id": ids,
-            "max_id": ids.take(pa.array(matches.match)),
-            "cosine_sim_score": pa.array(matches.score),
-        }
-        if matches.kept_match is not None and matches.kept_score is not None:
-            none = matches.kept_match < 0
-            columns["kept_id"] = ids.take(pa.array(np.maximum(matches.kept_match, 0), mask=none))
-            columns["kept_sim_score"] = pa.array(matches.kept_score, mask=none)
-        table = pa.table(columns)
+    def write_result(self, folder: str, centroid: int, table: pa.Table) -> None:
+        """Write `cluster_K.parquet`."""
         facts = {"eps": self.eps, "compare_to": self.compare_to}
         table = table.replace_schema_metadata({METADATA_KEY: json.dumps(facts).encode()})
-        with self.target.writing(result_path(self.output_path, centroid)) as sink:
+        with self.target.writing(result_path(folder, centroid)) as sink:
             pq.write_table(table, sink, compression="zstd", use_dictionary=False)
 
 
-class _Examples:
+def _result(ids: pa.Array, matches: Matches) -> pa.Table:
+    columns = {
+        "id": ids,
+        "max_id": ids.take(pa.array(matches.match)),
+        "cosine_sim_score": pa.array(matches.score),
+    }
+    if matches.kept_match is not None and matches.kept_score is not None:
+        none = matches.kept_match < 0
+        columns["kept_id"] = ids.take(pa.array(np.maximum(matches.kept_match, 0), mask=none))
+        columns["kept_sim_score"] = pa.array(matches.kept_score, mask=none)
+    return pa.table(columns)
+
+
+class Examples:
     """For each step of the eps grid, the pairs of that step whose ids have the smallest hashes."""
 
     def __init__(self) -> None:
         self._pairs: list[list[tuple[int, ExamplePair]]] = [[] for _ in EPS_GRID]
 
-    def add(self, ids: pa.Array, matches: Matches) -> None:
+    def add(self, ids: pa.Array, max_ids: pa.ChunkedArray, score: NDArray[np.float32]) -> None:
+        """Take the rows of a cluster into account."""
         limits = np.array([threshold(eps) for eps in EPS_GRID], np.float32)
-        step = np.searchsorted(-limits, -matches.score, side="left")
+        step = np.searchsorted(-limits, -score, side="left")
         inside = np.flatnonzero(step < len(EPS_GRID))
         if not len(inside):
             return
@@ -403,10 +416,11 @@ class _Examples:
         place = np.arange(len(order)) - np.searchsorted(steps, steps, side="left")
         for index in order[place < _EXAMPLES].tolist():
             row = int(inside[index])
-            pair = ExamplePair(_as_text(ids[row]), _as_text(ids[int(matches.match[row])]), float(matches.score[row]))
+            pair = ExamplePair(_as_text(ids[row]), _as_text(max_ids[row]), float(score[row]))
             self._pairs[int(step[row])].append((int(hashes[index]), pair))
 
     def chosen(self) -> tuple[tuple[tuple[int, ExamplePair], ...], ...]:
+        """Those with the smallest hashes, with their hashes, for each step."""
         return tuple(tuple(sorted(pairs, key=lambda item: item[0])[:_EXAMPLES]) for pairs in self._pairs)
 
 

@@ -137,6 +137,80 @@ class PairsTask(Task):
 
 
 @dataclass(frozen=True)
+class ProbesTask(Task):
+    """How many clusters each row is compared with, as chosen from a sample, and what it follows from, as JSON."""
+
+    probes: int
+    facts: str
+
+
+@dataclass(frozen=True)
+class VisitsTask(Task):
+    """The rows of some clusters, sent to other clusters that they are compared with.
+
+    Attributes:
+        shards: Files with a batch of rows for each group of clusters.
+        probes_path: For each row the other clusters that it is compared with, (n_rows, probes - 1) int32.
+        n_visitors: Rows sent to each group, where there are any.
+    """
+
+    shards: tuple[str, ...]
+    probes_path: str
+    n_visitors: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class HostsTask(Task):
+    """Clusters whose rows are compared with rows of other clusters; `group` is their place among the groups."""
+
+    group: int
+    dim: int
+    clusters: tuple[Cluster, ...]
+    n_visitors: int
+
+
+@dataclass(frozen=True)
+class CrossedTask(Task):
+    """Pairs within eps across the borders of some clusters.
+
+    Attributes:
+        shards: Files with a batch of pairs for each group of clusters.
+        n_products: Pairs of rows that were compared.
+        n_pairs: Pairs of rows within eps.
+    """
+
+    shards: tuple[str, ...]
+    n_products: int
+    n_pairs: int
+
+
+@dataclass(frozen=True)
+class ReopenedTask(Task):
+    """What pairs across borders change in some clusters.
+
+    Attributes:
+        pairs_path: All pairs that decide about rows whose answer may change; empty if there are none.
+        kept_path: Numbers of the rows that stay for sure.
+        open_path: Numbers of the rows about which other clusters decide; empty if there are none.
+        open_pairs_path: Their pairs within eps, (2, m) row numbers; empty if there are none.
+        n_open: Number of these rows.
+    """
+
+    pairs_path: str
+    kept_path: str
+    open_path: str
+    open_pairs_path: str
+    n_open: int
+
+
+@dataclass(frozen=True)
+class ResolvedTask(Task):
+    """Bits of the rows that stay."""
+
+    kept_bitmap: str
+
+
+@dataclass(frozen=True)
 class SelectedTask(Task):
     """A unit's duplicates, sorted, and the rows that stay."""
 

@@ -15,13 +15,25 @@ def empty_bitmap(n_rows: int) -> NDArray[np.uint8]:
 
 def set_bits(bitmap: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
     """Set the bits of rows, in any order."""
+    byte, bits = _masks(rows)
+    bitmap[byte] |= bits
+
+
+def clear_bits(bitmap: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
+    """Clear the bits of rows, in any order."""
+    byte, bits = _masks(rows)
+    bitmap[byte] &= ~bits
+
+
+def _masks(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """The bytes that hold the bits of rows, each once, and the rows' bits in them."""
     if rows.size == 0:
-        return
+        return rows, np.empty(0, np.uint8)
     rows = np.sort(rows)
     byte = rows >> 3
     starts = np.flatnonzero(np.concatenate(([True], byte[1:] != byte[:-1])))
     bits = np.left_shift(1, rows & 7).astype(np.uint8)
-    bitmap[byte[starts]] |= np.bitwise_or.reduceat(bits, starts)
+    return byte[starts], np.bitwise_or.reduceat(bits, starts)
 
 
 def get_bits(part: NDArray[np.uint8], first_row: int, n_rows: int) -> NDArray[np.bool_]:

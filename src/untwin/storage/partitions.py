@@ -18,6 +18,7 @@ from untwin.storage.files import FoundFile, Storage, join, redact
 from untwin.storage.inputs import PAGE_BUFFER, naming_file
 
 ROW = "_row"
+CENTROIDS = "_centroids.npy"
 _FOLDER = re.compile(r"^centroid=(\d+)$")
 _held = threading.local()
 

@@ -1,0 +1,364 @@
+"""Pairs across the borders of clusters: which can be within eps, which are, and what they change in a cluster.
+
+For x in cluster A and y in cluster B let hx and hy be their distances to the plane halfway between the two
+centroids, each counted towards its own centroid. The way from x to y crosses the plane, so |x - y| >= hx + hy; and
+|x - y|^2 = 2 - 2 cos(x, y) for unit vectors. So a pair within eps needs hx + hy <= sqrt(2 eps): all others are
+skipped unseen, and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from untwin.core.similarity import (
+    _TILE_COLUMNS,
+    CompareTo,
+    RankedArray,
+    RankedRows,
+    _first_copies,
+    _gather,
+    _pair_cosine,
+    _Rows,
+)
+from untwin.core.vectors import blocks, float32_below, product_error, rowwise_dot
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+_BLOCK_ROWS = 32
+"""Rows that share one selection of rows on the other side of a border."""
+_AHEAD = 64
+"""Rows whose neighbours are looked up together."""
+_READ_ROWS = 1024
+"""Rows that are taken at a time."""
+
+
+def reach(limit: np.float32, dim: int) -> float:
+    """The largest hx + hy, as computed by `plane_distances`, of a pair that can score at least `limit`.
+
+    The additions cover norms that are not exactly 1, and the rounding of the distances.
+    """
+    return float(np.sqrt(2 * (1 - np.float64(limit)) + 1e-5)) + 8 * product_error(dim)
+
+
+def plane_distances(X: Float32, own: Float32, other: Float32) -> Float64:
+    """Distance of each row to the plane halfway between two centroids, positive on the side of the first.
+
+    Args:
+        X: (n, D) float32 rows.
+        own: (n, D) float32, for each row the centroid of its cluster.
+        other: (n, D) float32, for each row another centroid that differs from it.
+
+    Returns:
+        (n,) float64.
+    """
+    out = np.empty(len(X), np.float64)
+    for rows in blocks(len(X), 1024):
+        normal, middle = _plane(own[rows], other[rows])
+        out[rows] = rowwise_dot(np.asarray(X[rows], np.float64), normal) - middle
+    return out
+
+
+def planes_distances(X: Float32, own: Float32, others: Float32) -> Float32:
+    """Distance of each row to the planes between its centroid (D,) and m others (m, D); (m, n) float32."""
+    normal, middle = _plane(own[None], others)
+    products: Float32 = normal.astype(np.float32) @ X.T
+    return np.subtract(products, middle.astype(np.float32)[:, None], out=products)
+
+
+def _plane(own: Float32, other: Float32) -> tuple[Float64, Float64]:
+    """Unit normals (n, D), and products of the normals with the points halfway (n,)."""
+    normal = own.astype(np.float64) - other
+    normal /= np.sqrt(rowwise_dot(normal, normal))[:, None]
+    return normal, rowwise_dot(normal, (own.astype(np.float64) + other) / 2)
+
+
+def first_copies(X: Float32) -> Int64:
+    """For each of (n, D) rows, the first that is bit-identical to it; (n,) int64."""
+    return _first_copies(RankedArray(X), rowwise_dot(X, X), max(1, len(X)))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of rows with their exact similarity: positions (m,) int64 on both sides, score (m,) float64."""
+
+    left: Int64
+    right: Int64
+    score: Float64
+
+    def __len__(self) -> int:
+        """Count the pairs."""
+        return len(self.left)
+
+
+class UnitRows:
+    """Rows of unit length, prepared for comparing: (n, D) float32."""
+
+    def __init__(self, X: Float32) -> None:
+        self._rows = _Rows(X, rowwise_dot(X, X), np.arange(len(X)))
+
+
+def pairs_within(
+    x: UnitRows, x_at: Int64, hx: Float64, y: UnitRows, y_at: Int64, hy: Float32, limit: np.float32
+) -> tuple[Pairs, int]:
+    """The pairs of some rows on one side of a border with some on the other that score at least `limit`.
+
+    Args:
+        x: Rows on one side.
+        x_at: (m,) which of them.
+        hx: (m,) their distances to the plane.
+        y: Rows on the other side.
+        y_at: (k,) which of them.
+        hy: (k,) their distances.
+        limit: The least score, as by `threshold`.
+
+    Returns:
+        The pairs, and the number of products that it took.
+    """
+    dim = x._rows.X.shape[1]
+    far = reach(limit, dim)
+    found: list[tuple[Int64, Int64, Float64]] = []
+    n_products = 0
+    order = np.argsort(hx, kind="stable") if len(hx) > _BLOCK_ROWS else np.arange(len(hx))
+    least = float32_below(np.float64(limit) - product_error(dim))
+    for part in blocks(len(order), _BLOCK_ROWS):
+        some = order[part]
+        close = y_at[hy <= far - hx[some].min()]
+        left = x._rows[x_at[some]]
+        for columns in blocks(len(close), _TILE_COLUMNS):
+            right = y._rows[close[columns]]
+            products = left.X @ right.X.T
+            n_products += products.size
+            i, j = np.nonzero(products >= least)
+            if len(i):
+                score = _pair_cosine(left, i, right, j)
+                near = score.astype(np.float32) >= limit
+                found.append((left.position[i[near]], right.position[j[near]], score[near]))
+    return _joined(found), n_products
+
+
+def _joined(found: list[tuple[Int64, Int64, Float64]]) -> Pairs:
+    if not found:
+        return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64))
+    left, right, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Pairs(left, right, score)
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """What better-ranked rows of other clusters change inside a cluster; positions are ranks.
+
+    Attributes:
+        kept: (n,) bool, rows that stay whatever comes out elsewhere.
+        open: (n,) bool, rows about which other clusters decide. All others are removed, whatever comes out.
+        pairs: Pairs of a row (`left`) with a better-ranked row of the same cluster. Of every row that is in them,
+            and of every row that has pairs across a border: its most similar better-ranked row; all open
+            better-ranked rows within eps; and, if rows that stay for sure are better ranked and within eps, the most
+            similar one. Later copies of a row count as neither open nor staying.
+    """
+
+    kept: Bool
+    open: Bool
+    pairs: Pairs
+
+
+def reopen(
+    rows: RankedRows,
+    match: Int64,
+    kept_match: Int64,
+    removed: Bool,
+    outside: Bool,
+    *,
+    limit: np.float32,
+    compare_to: CompareTo,
+) -> Reopened:
+    """Find out which answers about a cluster hold, and which depend on rows of other clusters.
+
+    Under "kept", in rank order: a row that stays inside its cluster is open if a better-ranked row outside, or an
+    open one inside, is within eps, else it stays for sure. A row that is removed is so for sure if a row that stays
+    for sure is within eps, else it is open. Under "ranked" nothing is open: a row is removed if any better-ranked
+    row is within eps. It can lose its witness.
+
+    Args:
+        rows: The unit rows of the cluster in rank order.
+        match: (n,) of `Matches`.
+        kept_match: (n,) of `Matches`.
+        removed: (n,) of `Matches`: whether a row is a duplicate, as far as its own cluster tells.
+        outside: (n,) bool, whether a better-ranked row of another cluster is within eps.
+        limit: The least score of a duplicate.
+        compare_to: As for `match_ranked`.
+    """
+    return _Reopening(rows, match, kept_match, removed, outside, limit, compare_to).run()
+
+
+class _Distinct:
+    """`RankedRows` without later copies of a row."""
+
+    def __init__(self, rows: RankedRows, positions: Int64) -> None:
+        self._rows, self._positions = rows, positions
+        self.n, self.dim = len(positions), rows.dim
+
+    def take(self, lo: int, hi: int) -> Float32:
+        return _gather(self._rows, self._positions[lo:hi])
+
+
+class _Reopening:
+    """One call of `reopen`. It works on distinct rows, numbered in rank order; later copies come last.
+
+    A copy of a better-ranked row never stays, and nothing is removed because of it: it only wants a witness.
+    """
+
+    def __init__(
+        self,
+        rows: RankedRows,
+        match: Int64,
+        kept_match: Int64,
+        removed: Bool,
+        outside: Bool,
+        limit: np.float32,
+        compare_to: CompareTo,
+    ) -> None:
+        self.all, self.match, self.kept_match = rows, match, kept_match
+        self.removed, self.outside, self.limit, self.compare_to = removed, outside, limit, compare_to
+        self.kept = ~removed if compare_to == "kept" else ~(removed | outside)
+        self.open = np.zeros(rows.n, np.bool_)
+        self.square = np.empty(rows.n, np.float64)
+        for part in blocks(rows.n, _READ_ROWS):
+            X = rows.take(part.start, part.stop)
+            self.square[part] = rowwise_dot(X, X)
+        self.first = _first_copies(rows, self.square, _READ_ROWS)
+        self.position = np.flatnonzero(self.first == np.arange(rows.n))
+        self.rows = _Distinct(rows, self.position)
+        self.touched = outside.copy()
+        self.found: list[tuple[Int64, Int64, Float64]] = []
+        self.near: dict[int, tuple[Int64, Float64]] = {}
+
+    def run(self) -> Reopened:
+        if self.compare_to == "kept":
+            self._resolve()
+        lost = self.removed & (self.kept_match >= 0) & ~self.kept[self.kept_match]
+        if self.compare_to == "ranked":
+            self._search(self.first == np.arange(self.all.n), lost)
+        self.touched |= lost | self.touched[self.first]
+        self._search((self.first != np.arange(self.all.n)) & self.touched, None)
+        touched = np.flatnonzero(self.touched)
+        base = self.kept_match[touched]
+        known = self.removed[touched] & (base >= 0) & self.kept[base]
+        left = np.concatenate((touched[touched > 0], touched[known]))
+        right = np.concatenate((self.match[touched[touched > 0]], base[known]))
+        self.found.append((left, right, self._scores(left, right)))
+        return Reopened(self.kept, self.open, _joined(self.found))
+
+    def _sure(self, row: int) -> bool:
+        """Whether a row is removed because of a row that stays for sure."""
+        return bool(self.removed[row] and self.kept[self.kept_match[row]])
+
+    def _resolve(self) -> None:
+        """Under "kept": which distinct rows stay for sure, and which are open."""
+        waiting = np.flatnonzero(self.outside & self.kept).tolist()
+        queued = np.zeros(self.all.n, np.bool_)
+        queued[waiting] = True
+        while waiting:
+            row = heapq.heappop(waiting)
+            if row not in self.near:
+                self._look_up([row, *heapq.nsmallest(_AHEAD - 1, waiting)])
+            at, score = self.near.pop(row)
+            if self.removed[row]:
+                self.touched[row] = True
+                if self._add_best_kept(np.array([row]), at, score).any():
+                    continue
+            self.kept[row], self.open[row], self.touched[row] = False, True, True
+            worse = at > row
+            at, score = at[worse], score[worse]
+            self.found.append((at, np.full(len(at), row), score))
+            self.touched[at] = True
+            # a row that is removed for sure comes back here if the row that it is removed for is opened later
+            for other in at[~queued[at]].tolist():
+                if not self._sure(other):
+                    heapq.heappush(waiting, other)
+                    queued[other] = True
+
+    def _search(self, among: Bool, wanted: Bool | None) -> None:
+        """Note, for some removed rows, the open rows within eps and the most similar row that stays for sure."""
+        chosen = np.flatnonzero(among if wanted is None else among & wanted)
+        self.touched[chosen] = True
+        groups = np.argsort(self.first[chosen], kind="stable")
+        copies = chosen[groups]
+        firsts, begin = np.unique(self.first[copies], return_index=True)
+        end = np.append(begin[1:], len(copies))
+        for part in blocks(len(firsts), _AHEAD):
+            self._look_up(firsts[part].tolist())
+            for first, low, high in zip(firsts[part].tolist(), begin[part].tolist(), end[part].tolist(), strict=True):
+                at, score = self.near.pop(first)
+                where = int(np.searchsorted(at, first))
+                at, score = np.insert(at, where, first), np.insert(score, where, 1.0)
+                mine = copies[low:high]
+                self._add_best_kept(mine, at, score)
+                opened = self.open[at]
+                i, j = np.nonzero(at[opened] < mine[:, None])
+                self.found.append((mine[i], at[opened][j], score[opened][j]))
+
+    def _add_best_kept(self, rows: Int64, at: Int64, score: Float64) -> Bool:
+        """Note for each of some equal rows the most similar better-ranked row that stays for sure, if there is one.
+
+        Args:
+            rows: Their positions.
+            at: Distinct rows within eps of them, ascending.
+            score: Their scores.
+
+        Returns:
+            For each row, whether there is one.
+        """
+        stays = self.kept[at]
+        at, score = at[stays], score[stays]
+        if not len(at):
+            return np.zeros(len(rows), np.bool_)
+        # ties: the better-ranked, which comes first
+        record = np.flatnonzero(np.diff(np.maximum.accumulate(score), prepend=-np.inf) > 0)
+        best = np.searchsorted(at[record], rows) - 1
+        some = best >= 0
+        chosen = record[best[some]]
+        self.found.append((rows[some], at[chosen], score[chosen]))
+        return some
+
+    def _look_up(self, some: list[int]) -> None:
+        """All other distinct rows within eps of some distinct rows, in rank order, and their scores."""
+        wanted = np.array([row for row in some if row not in self.near])
+        left = self._rows(wanted)
+        least = float32_below(np.float64(self.limit) - product_error(self.rows.dim))
+        parts: list[tuple[Int64, Int64, Float64]] = []
+        for part in blocks(self.rows.n, _READ_ROWS):
+            position = self.position[part]
+            right = _Rows(self.rows.take(part.start, part.stop), self.square[position], position)
+            products = left.X @ right.X.T
+            i, j = np.nonzero(products >= least)
+            score = _pair_cosine(left, i, right, j)
+            near = (score.astype(np.float32) >= self.limit) & (wanted[i] != right.position[j])
+            parts.append((i[near], right.position[j[near]], score[near]))
+        found = _joined(parts)
+        order = np.argsort(found.left, kind="stable")
+        at, score = found.right[order], found.score[order]
+        bounds = np.searchsorted(found.left[order], np.arange(len(wanted) + 1))
+        for index, row in enumerate(wanted.tolist()):
+            own = slice(bounds[index], bounds[index + 1])
+            self.near[row] = (at[own], score[own])
+
+    def _rows(self, positions: Int64) -> _Rows:
+        X = np.concatenate([self.all.take(row, row + 1) for row in positions.tolist()])
+        return _Rows(X, self.square[positions], positions)
+
+    def _scores(self, left: Int64, right: Int64) -> Float64:
+        """Exact scores of pairs of rows."""
+        out = np.empty(len(left), np.float64)
+        for part in blocks(len(left), _READ_ROWS):
+            a, b = self._rows(left[part]), self._rows(right[part])
+            at = np.arange(len(a))
+            out[part] = _pair_cosine(a, at, b, at)
+        return out
