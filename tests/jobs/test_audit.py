@@ -372,6 +372,8 @@ def test_an_interrupted_audit_changes_nothing_and_says_so(finished, monkeypatch)
 
     before = snapshot(output)
     monkeypatch.setattr("untwin.jobs.recall.AuditCountStage.process", interrupt)
+    # would end this process, if a thread of the pool is still there
+    monkeypatch.setattr("untwin.cli._leave_threads", lambda: None)
     text = cli("audit", output, code=130).stderr
     assert f"nothing in {output} has changed" in text
     assert snapshot(output) == before
