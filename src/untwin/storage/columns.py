@@ -225,3 +225,19 @@ def matrix_of(column: pa.Array | pa.ChunkedArray) -> NDArray[np.float32]:
     width = column.type.list_size
     flat = column.values.slice(column.offset * width, len(column) * width)
     return np.asarray(flat.to_numpy(zero_copy_only=True)).reshape(len(column), width)
+
+
+def check_sound(rows: pa.RecordBatch | pa.Table, *, values: bool = True) -> None:
+    """Raise ArrowInvalid if columns are damaged inside, as by offsets that lead outside; any bytes do as text.
+
+    Args:
+        rows: What was decoded.
+        values: Look at all values; what is only copied may be anything.
+    """
+    if not values:
+        rows.validate()
+        return
+    as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    for column in rows.columns:
+        kind = as_bytes.get(column.type)
+        (column if kind is None else column.cast(kind)).validate(full=True)

@@ -16,6 +16,7 @@ import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from untwin.errors import DamagedFileError, ParameterError, SchemaError, UntwinError
+from untwin.storage.columns import check_sound
 from untwin.storage.files import FoundFile, Storage, redact
 
 _CHUNK_BYTES = 16 << 20
@@ -167,14 +168,13 @@ class ParquetFormat:
             if small:
                 table = parquet.read_row_groups(groups, columns=names, use_threads=False)
                 _expect_rows(span, table.num_rows)
-                # what is computed with must be sound; what is only copied may be anything
-                table.validate(full=names is not None)
+                check_sound(table, values=names is not None)
                 yield from table.to_batches()
                 return
             seen = 0
             for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=names, use_threads=False):
                 seen += batch.num_rows
-                batch.validate(full=names is not None)
+                check_sound(batch, values=names is not None)
                 yield batch
             _expect_rows(span, seen)
 
@@ -484,7 +484,7 @@ class NpyFormat:
             if columns == []:
                 columns = parquet.schema_arrow.names[:1]
             for batch in parquet.iter_batches(batch_rows, columns=columns, use_threads=False):
-                batch.validate(full=full)
+                check_sound(batch, values=full)
                 start, end = max(low, position), min(high, position + batch.num_rows)
                 if start < end:
                     yield batch.slice(start - position, end - start)

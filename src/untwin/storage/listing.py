@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from untwin.errors import ChangedInputError, DamagedFileError, InputNotFoundError, ParameterError, SchemaError
-from untwin.storage.columns import common_id_type, embedding_dim, id_type, list_lengths, without_views
+from untwin.storage.columns import check_sound, common_id_type, embedding_dim, id_type, list_lengths, without_views
 from untwin.storage.files import FoundFile, Storage, is_remote, join, normalize_path, redact
 from untwin.storage.inputs import FileFacts, InputFormat, Span, input_format, naming_file
 
@@ -312,7 +312,7 @@ def _read_through(storage: Storage, format_: InputFormat, file: FoundFile, facts
     for batch in format_.read(storage, span, names if lines else None, size):
         if not lines:
             with naming_file(file.path):
-                batch.select(names).validate(full=True)
+                check_sound(batch.select(names))
 
 
 def _find(
