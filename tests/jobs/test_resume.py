@@ -409,6 +409,15 @@ def test_a_lock_of_a_dead_process_is_taken_over(source, tmp_path, other):
     assert not (out / "_lock.json").exists()
 
 
+def test_a_lock_left_by_a_run_that_was_killed_at_its_very_end_goes_away(source, tmp_path):
+    out = tmp_path / "out"
+    finish(source, out)
+    before = snapshot(out)
+    (out / "_lock.json").write_text(json.dumps(_lock(pid=2**22 + 1)))
+    assert finish(source, out).returncode == 0
+    assert snapshot(out) == before
+
+
 @pytest.mark.parametrize("other", [{}, {"host": "elsewhere", "pid": 1}, {"pid_namespace": "another"}], ids=str)
 def test_a_lock_that_may_be_alive_stands(source, tmp_path, other):
     """By default that of another process of this host, which is alive."""

@@ -33,7 +33,7 @@ from untwin.pipeline import Pipeline
 from untwin.stages.tasks import ClustersTask, DuplicatesTask, PairsTask
 from untwin.storage.files import Storage, normalize_path, redact
 from untwin.storage.listing import Listing
-from untwin.storage.lock import check_unlocked, locked
+from untwin.storage.lock import check_unlocked, locked, remove_dead_lock
 
 
 def apply(
@@ -83,6 +83,7 @@ def apply(
     check_unlocked(storage, folder.path)
     done, _ = _existing(folder, run, parameters.answer())
     if done is not None:
+        remove_dead_lock(storage, folder.path)
         return RunResult.from_run(folder, done)
     if "applied_to" in run:
         raise ParameterError(

@@ -47,7 +47,7 @@ from untwin.stages.sample import SampleStage
 from untwin.stages.tasks import Cluster, ClustersTask, HostsTask, ProbesTask
 from untwin.storage.files import Storage, join, normalize_path, real_path, redact
 from untwin.storage.listing import Fields, Listing, list_inputs
-from untwin.storage.lock import check_unlocked, locked
+from untwin.storage.lock import check_unlocked, locked, remove_dead_lock
 from untwin.storage.partitions import CENTROIDS
 
 CHOSEN = "choose-probes"
@@ -151,9 +151,10 @@ class PreparedRun:
             OutputInUseError: Another run works on the output.
             UntwinError: See `untwin.errors`.
         """
-        if self.done is not None and not self.to_audit:
-            return self.done
         folder = self.folder
+        if self.done is not None and not self.to_audit:
+            remove_dead_lock(folder.storage, folder.path)
+            return self.done
         with locked(folder.storage, folder.path):
             if self.overwrite:
                 folder.clear()

@@ -78,6 +78,14 @@ def locked(storage: Storage, folder: str) -> Iterator[None]:
             _log.warning("%s: could not be removed (%s); the next run on this host takes it over", redact(path), error)
 
 
+def remove_dead_lock(storage: Storage, folder: str) -> None:
+    """Remove the lock of a run that was killed between its last file and its end."""
+    with contextlib.suppress(UntwinError, OSError):
+        if check_unlocked(storage, folder):
+            with locked(storage, folder):
+                pass
+
+
 @contextlib.contextmanager
 def _guarded(folder: str) -> Iterator[None]:
     """Let one process at a time of this machine look at the lock and take it."""
