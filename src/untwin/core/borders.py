@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,10 @@ Bool = npt.NDArray[np.bool_]
 
 _BLOCK_ROWS = 32
 """Rows that share one selection of rows on the other side of a border."""
+_SHORT_ERROR = 4e-6
+"""More than the rounding of the products of short rows, and of what is left of their squares."""
+_SPARSE = 8
+"""Times that a product of two rows that are looked up takes longer than one in a matrix product."""
 _AHEAD = 64
 """Rows whose neighbours are looked up together."""
 _READ_ROWS = 1024
@@ -41,43 +46,42 @@ _READ_ROWS = 1024
 
 
 def reach(limit: np.float32, dim: int) -> float:
-    """The largest hx + hy, as computed by `plane_distances`, of a pair that can score at least `limit`.
+    """The largest hx + hy, as `plane_distances` gives them, of a pair that can score at least `limit`.
 
     The additions cover norms that are not exactly 1, and the rounding of the distances.
     """
     return float(np.sqrt(2 * (1 - np.float64(limit)) + 1e-5)) + 8 * product_error(dim)
 
 
-def plane_distances(X: Float32, own: Float32, other: Float32) -> Float64:
-    """Distance of each row to the plane halfway between two centroids, positive on the side of the first.
+def plane_distances(X: Float32, own: Float32, others: Float32, which: Int64) -> Float32:
+    """Distance of each row to the plane halfway between its centroid and another, positive on the side of its own.
 
     Args:
-        X: (n, D) float32 rows.
-        own: (n, D) float32, for each row the centroid of its cluster.
-        other: (n, D) float32, for each row another centroid that differs from it.
+        X: (n, D) float32 rows of a cluster.
+        own: (D,) float32, the cluster's centroid.
+        others: (m, D) float32, centroids that differ from it.
+        which: (n,) for each row the place of the other centroid.
 
     Returns:
-        (n,) float64.
+        (n,) float32.
     """
-    out = np.empty(len(X), np.float64)
-    for rows in blocks(len(X), 1024):
-        normal, middle = _plane(own[rows], other[rows])
-        out[rows] = rowwise_dot(np.asarray(X[rows], np.float64), normal) - middle
-    return out
+    normal, middle = _planes(own, others)
+    return _pair_products(X, np.arange(len(X)), normal, which) - middle[which]
 
 
-def planes_distances(X: Float32, own: Float32, others: Float32) -> Float32:
-    """Distance of each row to the planes between its centroid (D,) and m others (m, D); (m, n) float32."""
-    normal, middle = _plane(own[None], others)
-    products: Float32 = normal.astype(np.float32) @ X.T
-    return np.subtract(products, middle.astype(np.float32)[:, None], out=products)
+def all_plane_distances(X: Float32, own: Float32, others: Float32) -> Float32:
+    """`plane_distances` of all rows for all other centroids, (m, n) float32."""
+    normal, middle = _planes(own, others)
+    products: Float32 = normal @ X.T
+    return np.subtract(products, middle[:, None], out=products)
 
 
-def _plane(own: Float32, other: Float32) -> tuple[Float64, Float64]:
-    """Unit normals (n, D), and products of the normals with the points halfway (n,)."""
-    normal = own.astype(np.float64) - other
+def _planes(own: Float32, others: Float32) -> tuple[Float32, Float32]:
+    """Unit normals (m, D) of the planes, and products of the normals with the points halfway (m,)."""
+    normal = own.astype(np.float64) - others
     normal /= np.sqrt(rowwise_dot(normal, normal))[:, None]
-    return normal, rowwise_dot(normal, (own.astype(np.float64) + other) / 2)
+    middle = rowwise_dot(normal, (own.astype(np.float64) + others) / 2)
+    return normal.astype(np.float32), middle.astype(np.float32)
 
 
 def first_copies(X: Float32) -> Int64:
@@ -98,16 +102,42 @@ class Pairs:
         return len(self.left)
 
 
-class UnitRows:
-    """Rows of unit length, prepared for comparing: (n, D) float32."""
+def principal_axes(X: Float32, count: int) -> Float32:
+    """The directions in which some rows differ most: (D, at most `count`) float32, orthonormal columns.
 
-    def __init__(self, X: Float32) -> None:
+    For (n, D) rows with n < D this is an eigenproblem of size n.
+    """
+    centred = X.astype(np.float64) - X.mean(axis=0, dtype=np.float64)
+    weight, basis = np.linalg.eigh(centred @ centred.T)
+    some = weight > 1e-6 * max(1e-6, weight[-1])
+    axes = centred.T @ basis[:, some][:, -count:]
+    return np.asarray(np.linalg.qr(axes)[0], np.float32)
+
+
+class UnitRows:
+    """Rows of unit length, prepared for comparing.
+
+    Args:
+        X: (n, D) float32.
+        axes: (D, m) float32, orthonormal; the same for both sides of a border. With p the product of a row with them
+            and q the length of what is left of it, cos(x, y) <= p(x).p(y) + q(x) q(y) (Cauchy and Schwarz), so a
+            product of m + 1 elements tells of most pairs that they are not within eps. None for no such bound.
+    """
+
+    def __init__(self, X: Float32, axes: Float32 | None = None) -> None:
         self._rows = _Rows(X, rowwise_dot(X, X), np.arange(len(X)))
+        self._short = None
+        if axes is not None:
+            self._short = np.empty((len(X), axes.shape[1] + 1), np.float32)
+            np.matmul(X, axes, out=self._short[:, :-1])
+            left = self._rows.square - np.square(self._short[:, :-1], dtype=np.float64).sum(axis=1)
+            # rounding must not make it smaller than it is
+            self._short[:, -1] = np.sqrt(np.maximum(left, 0) + _SHORT_ERROR)
 
 
 def pairs_within(
     x: UnitRows, x_at: Int64, hx: Float64, y: UnitRows, y_at: Int64, hy: Float32, limit: np.float32
-) -> tuple[Pairs, int]:
+) -> tuple[Pairs, int, int]:
     """The pairs of some rows on one side of a border with some on the other that score at least `limit`.
 
     Args:
@@ -120,12 +150,12 @@ def pairs_within(
         limit: The least score, as by `threshold`.
 
     Returns:
-        The pairs, and the number of products that it took.
+        The pairs; the number of products that it took; and the number of pairs for which a bound was computed.
     """
     dim = x._rows.X.shape[1]
     far = reach(limit, dim)
     found: list[tuple[Int64, Int64, Float64]] = []
-    n_products = 0
+    n_products = n_bounds = 0
     order = np.argsort(hx, kind="stable") if len(hx) > _BLOCK_ROWS else np.arange(len(hx))
     least = float32_below(np.float64(limit) - product_error(dim))
     for part in blocks(len(order), _BLOCK_ROWS):
@@ -133,15 +163,42 @@ def pairs_within(
         close = y_at[hy <= far - hx[some].min()]
         left = x._rows[x_at[some]]
         for columns in blocks(len(close), _TILE_COLUMNS):
-            right = y._rows[close[columns]]
-            products = left.X @ right.X.T
-            n_products += products.size
-            i, j = np.nonzero(products >= least)
+            tile = close[columns]
+            if x._short is not None and y._short is not None:
+                bounds = x._short[x_at[some]] @ y._short[tile].T
+                n_bounds += bounds.size
+                i, j = np.nonzero(bounds >= np.float32(limit - 4 * _SHORT_ERROR))
+                used, at = np.unique(j, return_inverse=True)
+                right = y._rows[tile[used]]
+                n_products += len(i)
+                products = _row_products(left.X, i, right.X, at)
+                close_by = products >= least
+                i, j = i[close_by], at[close_by]
+            else:
+                right = y._rows[tile]
+                products = left.X @ right.X.T
+                n_products += products.size
+                i, j = np.nonzero(products >= least)
             if len(i):
                 score = _pair_cosine(left, i, right, j)
                 near = score.astype(np.float32) >= limit
                 found.append((left.position[i[near]], right.position[j[near]], score[near]))
-    return _joined(found), n_products
+    return _joined(found), n_products, n_bounds
+
+
+def _row_products(X: Float32, i: npt.NDArray[np.intp], Y: Float32, j: npt.NDArray[np.intp]) -> Float32:
+    """Products of pairs of rows in float32: all of them as a matrix if that is cheaper."""
+    if len(i) * _SPARSE > len(X) * len(Y):
+        products: Float32 = X @ Y.T
+        return products[i, j]
+    return _pair_products(X, i, Y, j)
+
+
+def _pair_products(X: Float32, i: npt.NDArray[np.integer[Any]], Y: Float32, j: npt.NDArray[np.integer[Any]]) -> Float32:
+    out = np.empty(len(i), np.float32)
+    for pairs in blocks(len(i), 512):
+        np.einsum("nd,nd->n", X.take(i[pairs], axis=0), Y.take(j[pairs], axis=0), out=out[pairs])
+    return out
 
 
 def _joined(found: list[tuple[Int64, Int64, Float64]]) -> Pairs:

@@ -179,6 +179,7 @@ def borders_record(outcome: Outcome, probes: int, chosen: dict[str, Any] | None)
         "probes": probes,
         "pairs_inside": int((sizes * (sizes - 1) // 2).sum()),
         "pairs_across": sum(task.n_products for task in across),
+        "pairs_across_bounded": sum(task.n_bounds for task in across),
         "pairs_across_within_eps": sum(task.n_pairs for task in across),
         "open_rows": sum(task.n_open for task in collect(outcome, ReopenedTask)),
         "chosen": chosen,

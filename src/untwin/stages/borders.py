@@ -24,11 +24,12 @@ from untwin.core import (
     NearestCentroid,
     Pairs,
     UnitRows,
+    all_plane_distances,
     first_copies,
     is_duplicate,
     pairs_within,
     plane_distances,
-    planes_distances,
+    principal_axes,
     reach,
     reopen,
     score_counts,
@@ -60,6 +61,9 @@ _SCRATCH = 32 << 20
 _SIDE_BYTES = 300
 """Of a row's id, metadata and numbers."""
 _PAIR_BYTES = 400
+_MANY_PAIRS = 1 << 18
+"""Rows times visitors from which on it pays to look for the directions in which they differ most."""
+_MOST_AXES, _AXES_ROWS = 32, 128
 _MOST_PAIRS = 1 << 16
 """Pairs that are collected before they are written."""
 
@@ -196,11 +200,12 @@ class VisitStage(_BordersStage):
                 side = batch.select([*job.keys, ROW])
                 for column in others.T:
                     at = np.flatnonzero((column >= 0) & self._has_rows[column])
-                    own = np.broadcast_to(self._centroids[cluster.centroid], (len(at), task.dim))
-                    distance = plane_distances(X[at], own, self._centroids[column[at]])
-                    near = distance <= far
+                    targets, which = np.unique(column[at], return_inverse=True)
+                    rows = X if len(at) == len(X) else X[at]
+                    distance = plane_distances(rows, self._centroids[cluster.centroid], self._centroids[targets], which)
+                    near = np.flatnonzero(distance <= far)
                     at = at[near]
-                    out.add(X[at], side.take(pa.array(at)), cluster.centroid, column[at], distance[near])
+                    out.add(rows[near], side.take(pa.array(at)), cluster.centroid, column[at], distance[near])
         path = job.work_file("probes", f"{task.unit:06d}.npy")
         write_array(job.target, path, np.concatenate(probes))
         return out.finish(path)
@@ -227,7 +232,7 @@ class _Visitors:
         side: pa.RecordBatch,
         home: int,
         targets: NDArray[np.int32],
-        distance: NDArray[np.float64],
+        distance: NDArray[np.float32],
     ) -> None:
         homes = pa.array(np.full(len(targets), home, np.int32))
         self._sides.append(side.append_column("_home", homes).append_column("_plane", pa.array(distance)))
@@ -337,14 +342,12 @@ class CrossStage(_BordersStage):
         out = _CrossPairs(job, task, self._group_of, self._n_groups)
         names = job.pairwise.columns(ClustersTask(0, 0, task.dim, ()))
         for visitors in self._visitors(task.group, most_rows):
-            homes = visitors["_centroid"].to_numpy()
             first_row = 0
             for cluster in task.clusters:
-                low, high = np.searchsorted(homes, [cluster.centroid, cluster.centroid + 1])
-                guests = visitors.slice(low, high - low)
+                guests = _guests(visitors, cluster.centroid)
                 at = first_row
                 first_row += cluster.n_rows
-                if not guests.num_rows:
+                if guests is None:
                     continue
                 files = cluster.files
                 for batch in iterate_partition(job.pairwise.source, files, names, min(most_rows, cluster.n_rows)):
@@ -353,57 +356,61 @@ class CrossStage(_BordersStage):
                     at += len(own)
         return out.finish()
 
-    def _visitors(self, group: int, most_rows: int) -> Iterator[pa.Table]:
-        """The visitors of a group, in the order of the clusters that they visit, some at a time."""
+    def _visitors(self, group: int, most_rows: int) -> Iterator[list[pa.RecordBatch]]:
+        """The visitors of a group, some at a time; each batch is in the order of the clusters that they visit."""
         held: list[pa.RecordBatch] = []
         for path in self._shards:
             batch = read_batch(self.borders.target, path, group)
             for low in range(0, batch.num_rows, most_rows):
                 part = batch.slice(low, most_rows)
                 if sum(other.num_rows for other in held) + part.num_rows > most_rows:
-                    yield _in_order(held)
+                    yield held
                     held = []
                 held.append(part)
         if held:
-            yield _in_order(held)
+            yield held
 
     def _compare(
         self, centroid: int, guests: pa.Table, own: pa.Table, probes: NDArray[np.int32], context: Context
-    ) -> tuple[pa.Table | None, int, int]:
-        """Pairs within eps of visitors of a cluster with rows of it; products; and pairs."""
+    ) -> tuple[pa.Table | None, int, int, int]:
+        """Pairs within eps of visitors of a cluster with rows of it; and how many products, bounds and pairs."""
         job = self.borders
         home = guests["_home"].to_numpy()
         plane = guests["_plane"].to_numpy()
         X, Y = matrix_of(guests["_vector"]), matrix_of(own[job.pairwise.embedding_field])
         visitors = _Side(guests.select([*job.keys, ROW]), home, first_copies(X))
         hosts = _Side(own.select([*job.keys, ROW]), np.full(len(own), centroid, np.int32), first_copies(Y))
-        x, y = UnitRows(X), UnitRows(Y)
+        axes = None
+        if len(X) * len(Y) >= _MANY_PAIRS:
+            sample = np.concatenate((_spread(X, _AXES_ROWS), _spread(Y, _AXES_ROWS)))
+            axes = principal_axes(sample, max(1, min(_MOST_AXES, X.shape[1] // 4)))
+        x, y = UnitRows(X, axes), UnitRows(Y, axes)
         x_at = np.flatnonzero(visitors.first == np.arange(len(X)))
         x_at = x_at[np.argsort(home[x_at], kind="stable")]
         y_at = np.flatnonzero(hosts.first == np.arange(len(Y)))
         origins, begin = np.unique(home[x_at], return_index=True)
         end = np.append(begin[1:], len(x_at))
 
-        def across(planes: NDArray[np.float32], offset: int, index: int) -> tuple[Pairs, int]:
+        def across(planes: NDArray[np.float32], offset: int, index: int) -> tuple[Pairs, int, int]:
             origin = int(origins[index])
             some = x_at[begin[index] : end[index]]
             # rows that visit each other's clusters are compared once: by the cluster with the higher number
             chosen = slice(None) if origin < centroid else np.flatnonzero(~(probes[y_at] == origin).any(axis=1))
             return pairs_within(x, some, plane[some], y, y_at[chosen], planes[index - offset, y_at[chosen]], job.limit)
 
-        found: list[tuple[Pairs, int]] = []
+        found: list[tuple[Pairs, int, int]] = []
         width = max(1, _BLOCK_BYTES // (4 * len(Y) + 8 * Y.shape[1]))
         for low in range(0, len(origins), width):
             part = range(low, min(low + width, len(origins)))
-            planes = planes_distances(Y, self._centroids[centroid], self._centroids[origins[part.start : part.stop]])
+            planes = all_plane_distances(Y, self._centroids[centroid], self._centroids[origins[part.start : part.stop]])
             found += context.map(partial(across, planes, low), part)
         pairs = Pairs(
-            np.concatenate([pairs.left for pairs, _ in found]),
-            np.concatenate([pairs.right for pairs, _ in found]),
-            np.concatenate([pairs.score for pairs, _ in found]),
+            np.concatenate([pairs.left for pairs, _, _ in found]),
+            np.concatenate([pairs.right for pairs, _, _ in found]),
+            np.concatenate([pairs.score for pairs, _, _ in found]),
         )
-        n_products = sum(count for _, count in found)
-        return (self._oriented(pairs, visitors, hosts) if len(pairs) else None), n_products, len(pairs)
+        n_products, n_bounds = sum(count for _, count, _ in found), sum(count for _, _, count in found)
+        return (self._oriented(pairs, visitors, hosts) if len(pairs) else None), n_products, n_bounds, len(pairs)
 
     def _oriented(self, pairs: Pairs, visitors: _Side, hosts: _Side) -> pa.Table:
         """Rows with a better-ranked row across the border, of all copies of a row only the best-ranked.
@@ -438,10 +445,19 @@ class CrossStage(_BordersStage):
         return _pairs_table(columns, table.select(job.keys).take(pa.array(y)))
 
 
-def _in_order(batches: list[pa.RecordBatch]) -> pa.Table:
-    table = pa.Table.from_batches(batches)
-    order = np.argsort(table["_centroid"].to_numpy(), kind="stable")
-    return table.take(pa.array(order)).combine_chunks()
+def _spread(X: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """About so many rows, evenly spread."""
+    return X[:: max(1, len(X) // count)][:count]
+
+
+def _guests(visitors: Sequence[pa.RecordBatch], centroid: int) -> pa.Table | None:
+    """Those who visit a cluster."""
+    parts = []
+    for batch in visitors:
+        low, high = np.searchsorted(batch.column("_centroid").to_numpy(), [centroid, centroid + 1])
+        if low < high:
+            parts.append(batch.slice(low, high - low))
+    return pa.Table.from_batches(parts).combine_chunks() if parts else None
 
 
 def _ranks(job: Borders, table: pa.Table) -> NDArray[np.int64]:
@@ -468,10 +484,11 @@ class _CrossPairs:
         self._held: list[pa.Table] = []
         self._n_held = 0
         self._shards: list[str] = []
-        self._n_products = self._n_pairs = 0
+        self._n_products = self._n_bounds = self._n_pairs = 0
 
-    def add(self, table: pa.Table | None, n_products: int, n_pairs: int) -> None:
+    def add(self, table: pa.Table | None, n_products: int, n_bounds: int, n_pairs: int) -> None:
         self._n_products += n_products
+        self._n_bounds += n_bounds
         self._n_pairs += n_pairs
         if table is not None:
             self._held.append(table)
@@ -497,7 +514,8 @@ class _CrossPairs:
 
     def finish(self) -> CrossedTask:
         self._flush()
-        return CrossedTask(self._task.unit, self._task.n_rows, tuple(self._shards), self._n_products, self._n_pairs)
+        counts = (self._n_products, self._n_bounds, self._n_pairs)
+        return CrossedTask(self._task.unit, self._task.n_rows, tuple(self._shards), *counts)
 
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:

@@ -175,12 +175,14 @@ class CrossedTask(Task):
 
     Attributes:
         shards: Files with a batch of pairs for each group of clusters.
-        n_products: Pairs of rows that were compared.
+        n_products: Pairs of rows whose similarity was computed.
+        n_bounds: Pairs of rows for which a bound of it was computed.
         n_pairs: Pairs of rows within eps.
     """
 
     shards: tuple[str, ...]
     n_products: int
+    n_bounds: int
     n_pairs: int
 
 
