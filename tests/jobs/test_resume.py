@@ -448,9 +448,18 @@ def test_a_lock_that_may_be_alive_stands(source, tmp_path, other):
     ],
 )
 def test_an_interrupt_ends_within_two_seconds_and_says_how_to_go_on(source, tmp_path, undisturbed, stage):
+    _interrupt(source, tmp_path, undisturbed, stage)
+
+
+@pytest.mark.parametrize("stage", ["borders.VisitStage", "borders.CrossStage", "borders.ReopenStage"])
+def test_an_interrupt_with_probes(source, tmp_path, undisturbed_with_probes, stage):
+    _interrupt(source, tmp_path, undisturbed_with_probes, stage, *PROBES)
+
+
+def _interrupt(source, tmp_path, undisturbed, stage, *options):
     """While units are at work that would take a minute more."""
     out, busy = tmp_path / "out", tmp_path / "busy"
-    arguments = command(source, out, stuck={"stage": stage, "busy": str(busy)})
+    arguments = command(source, out, *options, stuck={"stage": stage, "busy": str(busy)})
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
         _wait_for(busy)
         running.send_signal(signal.SIGINT)
@@ -463,7 +472,7 @@ def test_an_interrupt_ends_within_two_seconds_and_says_how_to_go_on(source, tmp_
     assert str(out) in text
     assert seconds < 2
     assert not (out / "_lock.json").exists()
-    finish(source, out)
+    finish(source, out, *options)
     assert Answer(out) == undisturbed[1]
 
 
