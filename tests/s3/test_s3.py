@@ -111,6 +111,17 @@ def test_the_whole_job_and_apply_give_the_local_answer_with_storage_options(buck
     assert_no_canary(after, said, repr(result), local_contents(tmp_path))
 
 
+def test_probes_give_the_local_answer_and_leave_nothing_behind(bucket, source, tmp_path):
+    bucket.upload(source, "in")
+    options = {**OPTIONS, "eps": 0.3, "n_clusters": 12, "probes": 3}
+    remote = untwin.deduplicate(bucket.url("in"), bucket.url("out"), storage_options=bucket.options, **options)
+    local = untwin.deduplicate(str(source), str(tmp_path / "local"), **options)
+    assert_same_answer(bucket.contents("out/"), local_contents(tmp_path / "local"))
+    assert remote.run["borders"] == local.run["borders"]
+    assert remote.run["borders"]["open_rows"] > 0
+    assert sorted(bucket.contents("out/")) == sorted(local_contents(tmp_path / "local"))
+
+
 def test_a_finished_output_is_recognised_and_another_run_is_refused(bucket, source):
     bucket.upload(source, "in")
     options = {**OPTIONS, "storage_options": bucket.options}
