@@ -118,6 +118,14 @@ def process():
     process.close()
 
 
+def _ids_are_text(paths):
+    """Whether ids can be shown; damaged ones are compared as the bytes that they are, for which there is no oracle."""
+    try:
+        return all(pq.read_table(path, columns=["id"])["id"].to_pylist() is not None for path in paths)
+    except UnicodeDecodeError:
+        return False
+
+
 def check_parquet(folder, number, process):
     """Damage one of three files, and run without and with `skip_bad_files`; True if the file was skipped."""
     rng = np.random.default_rng(number)
@@ -132,7 +140,7 @@ def check_parquet(folder, number, process):
     error, message = process.run(source, folder / "out", options)
     if error in ("DamagedFileError", "SchemaError"):
         assert str(bad) in message
-    else:
+    elif _ids_are_text(paths):
         expected = judge(paths, options)
         assert not error or error in expected.errors, (error, message)
         if not error:
