@@ -24,12 +24,12 @@ from untwin.core.similarity import (
     _gather,
     _pair_cosine,
     _Rows,
+    _squares,
 )
 from untwin.core.vectors import blocks, float32_below, product_error, rowwise_dot
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
@@ -84,11 +84,6 @@ def _planes(own: Float32, others: Float32) -> tuple[Float32, Float32]:
     return normal.astype(np.float32), middle.astype(np.float32)
 
 
-def first_copies(X: Float32) -> Int64:
-    """For each of (n, D) rows, the first that is bit-identical to it; (n,) int64."""
-    return _first_copies(RankedArray(X), rowwise_dot(X, X), max(1, len(X)))
-
-
 @dataclass(frozen=True)
 class Pairs:
     """Pairs of rows with their exact similarity: positions (m,) int64 on both sides, score (m,) float64."""
@@ -133,6 +128,10 @@ class UnitRows:
             left = self._rows.square - np.square(self._short[:, :-1], dtype=np.float64).sum(axis=1)
             # rounding must not make it smaller than it is
             self._short[:, -1] = np.sqrt(np.maximum(left, 0) + _SHORT_ERROR)
+
+    def first_copies(self) -> Int64:
+        """For each row, the first that is bit-identical to it; (n,) int64."""
+        return _first_copies(RankedArray(self._rows.X), self._rows.square, max(1, len(self._rows)))
 
 
 def pairs_within(
@@ -286,12 +285,10 @@ class _Reopening:
         self.removed, self.outside, self.limit, self.compare_to = removed, outside, limit, compare_to
         self.kept = ~removed if compare_to == "kept" else ~(removed | outside)
         self.open = np.zeros(rows.n, np.bool_)
-        self.square = np.empty(rows.n, np.float64)
-        for part in blocks(rows.n, _READ_ROWS):
-            X = rows.take(part.start, part.stop)
-            self.square[part] = rowwise_dot(X, X)
+        self.square = _squares(rows, _READ_ROWS)
         self.first = _first_copies(rows, self.square, _READ_ROWS)
-        self.position = np.flatnonzero(self.first == np.arange(rows.n))
+        self.distinct = self.first == np.arange(rows.n)
+        self.position = np.flatnonzero(self.distinct)
         self.rows = _Distinct(rows, self.position)
         self.touched = outside.copy()
         self.found: list[tuple[Int64, Int64, Float64]] = []
@@ -302,9 +299,9 @@ class _Reopening:
             self._resolve()
         lost = self.removed & (self.kept_match >= 0) & ~self.kept[self.kept_match]
         if self.compare_to == "ranked":
-            self._search(self.first == np.arange(self.all.n), lost)
+            self._search(np.flatnonzero(lost & self.distinct))
         self.touched |= lost | self.touched[self.first]
-        self._search((self.first != np.arange(self.all.n)) & self.touched, None)
+        self._search(np.flatnonzero(self.touched & ~self.distinct))
         touched = np.flatnonzero(self.touched)
         base = self.kept_match[touched]
         known = self.removed[touched] & (base >= 0) & self.kept[base]
@@ -342,12 +339,10 @@ class _Reopening:
                     heapq.heappush(waiting, other)
                     queued[other] = True
 
-    def _search(self, among: Bool, wanted: Bool | None) -> None:
+    def _search(self, chosen: Int64) -> None:
         """Note, for some removed rows, the open rows within eps and the most similar row that stays for sure."""
-        chosen = np.flatnonzero(among if wanted is None else among & wanted)
         self.touched[chosen] = True
-        groups = np.argsort(self.first[chosen], kind="stable")
-        copies = chosen[groups]
+        copies = chosen[np.argsort(self.first[chosen], kind="stable")]
         firsts, begin = np.unique(self.first[copies], return_index=True)
         end = np.append(begin[1:], len(copies))
         for part in blocks(len(firsts), _AHEAD):

@@ -322,12 +322,9 @@ class _Resolver:
         self.best = _Best.empty(self.n)
         self.witness = _Best.empty(self.n)
         self.removed = np.zeros(self.n, np.bool_)
-        self.square = np.empty(self.n, np.float64)
 
     def run(self) -> Matches:
-        for part in blocks(self.n, self.batch_size):
-            X = self.rows.take(part.start, part.stop)
-            self.square[part] = rowwise_dot(X, X)
+        self.square = _squares(self.rows, self.batch_size)
         if not (np.abs(self.square - 1) < 1e-5).all():
             raise ParameterError("rows must be of unit length: use untwin.core.normalize")
         first = _first_copies(self.rows, self.square, self.batch_size)
@@ -560,6 +557,15 @@ def _resolve_in_order(near: Bool, duplicate: Bool) -> Bool:
             out[i] = True
             kept &= ~(1 << i)
     return out
+
+
+def _squares(rows: RankedRows, batch_size: int) -> Float64:
+    """d(x, x) of each row, (n,)."""
+    square = np.empty(rows.n, np.float64)
+    for part in blocks(rows.n, batch_size):
+        X = rows.take(part.start, part.stop)
+        square[part] = rowwise_dot(X, X)
+    return square
 
 
 def _first_copies(rows: RankedRows, square: Float64, batch_size: int) -> Int64:

@@ -23,6 +23,7 @@ from untwin.jobs.record import (
     now,
     package_versions,
     peak_memory,
+    probes_of,
     resources,
     result_files,
     stage_table,
@@ -97,7 +98,7 @@ def apply(
     listing = Listing.read(storage, run_folder.listing_path)
     if parameters.kept != "none":
         listing.check_unchanged(storage)
-    probes = min((run.get("borders") or {}).get("probes", 1), run["clusters"]["n_clusters"])
+    probes = min(probes_of(run), run["clusters"]["n_clusters"])
     visitors = (probes - 1) * (4 * listing.dim + SIDE_BYTES) * listing.n_rows
     check_disk(folder, max(kept_bytes(parameters, listing), visitors) + 2 * SIDE_BYTES * listing.n_rows)
     with locked(storage, folder.path):
@@ -123,8 +124,7 @@ def _execute(
 ) -> RunResult:
     started = time.perf_counter()
     storage = folder.storage
-    borders = run.get("borders") or {}
-    probes = borders.get("probes", 1)
+    probes = probes_of(run)
     made = Ledger(storage, run_folder.path)
     made.load(check=False)
     clusters = [task for task in made.tasks_of(ClustersTask) if task.clusters]
@@ -155,7 +155,7 @@ def _execute(
     record["resources"] = resources(executor)
     record["stages"] = stage_table(outcome)
     record["eps_table"] = eps_table(collect(outcome, PairsTask), parameters, found.n_duplicates)
-    record["borders"] = borders_record(outcome, probes, borders.get("chosen"))
+    record["borders"] = borders_record(outcome, probes, (run.get("borders") or {}).get("chosen"))
     record["files"] = {**run["files"], "duplicates": result_files(outcome, folder)["duplicates"]}
     record["peak_memory_bytes"] = peak_memory()
     record["seconds"] = round(time.perf_counter() - started, 3)

@@ -15,7 +15,7 @@ from untwin.backends.local import LocalExecutor
 from untwin.core import EPS_GRID, mix_seed, share_interval, threshold
 from untwin.errors import ParameterError
 from untwin.jobs.output import OutputFolder
-from untwin.jobs.record import collect, now
+from untwin.jobs.record import collect, now, probes_of
 from untwin.pipeline import Pipeline
 from untwin.stages import checks
 from untwin.stages.audit import (
@@ -79,7 +79,7 @@ def measure_recall(
     sizing = float(sizing)
     seed = checks.whole("seed", run["parameters"]["seed"] if seed is None else seed, 0)
     min_neighbours, max_sample = checks.whole("min_neighbours", min_neighbours), checks.whole("max_sample", max_sample)
-    probes = (run.get("borders") or {}).get("probes") or 1
+    probes = probes_of(run)
     if probes > 1 and sizing > in_force:
         raise ParameterError(
             f"eps is {sizing}; rows of different clusters (probes {probes}) were compared only within eps {in_force}, "

@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,8 @@ from untwin.stages.tasks import (
 )
 from untwin.storage.bitmap import empty_bitmap, set_bits
 from untwin.storage.files import redact
-from untwin.storage.inputs import naming_file
 from untwin.storage.listing import Listing
-from untwin.storage.partitions import read_array
+from untwin.storage.partitions import read_array, read_table
 
 _PACKAGES = ("numpy", "pyarrow", "fsspec", "threadpoolctl")
 
@@ -186,6 +185,11 @@ def borders_record(outcome: Outcome, probes: int, chosen: dict[str, Any] | None)
     }
 
 
+def probes_of(run: Mapping[str, Any]) -> int:
+    """Clusters that a run compared each row with, from its `run.json`."""
+    return (run.get("borders") or {}).get("probes") or 1
+
+
 def run_record(
     parameters: RunParameters,
     listing: Listing,
@@ -283,8 +287,7 @@ def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder) ->
         set_bits(seen, rows)
         n_seen += len(rows)
     for path in _rejected_files(outcome):
-        with naming_file(path), folder.storage.open(path) as source:
-            table = pq.read_table(source, columns=["file", "row"], partitioning=None)
+        table = read_table(folder.storage, path, ["file", "row"])
         files = pc.index_in(table["file"].cast(pa.large_string()), shown)
         first = listing.files["first_row"].take(files.combine_chunks() if hasattr(files, "combine_chunks") else files)
         rows = np.asarray(first.to_numpy() + table["row"].to_numpy(), np.int64)

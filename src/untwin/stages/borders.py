@@ -7,6 +7,7 @@ rows; and the answers are written.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,8 +26,6 @@ from untwin.core import (
     Pairs,
     UnitRows,
     all_plane_distances,
-    first_copies,
-    is_duplicate,
     pairs_within,
     plane_distances,
     principal_axes,
@@ -36,7 +35,7 @@ from untwin.core import (
     threshold,
 )
 from untwin.stages.base import CompositeStage, Context, Stage, Task, Upstream, require_empty
-from untwin.stages.pairwise import Examples, PairwiseStage
+from untwin.stages.pairwise import Examples, PairwiseStage, removed_rows
 from untwin.stages.tasks import (
     Cluster,
     ClustersTask,
@@ -50,8 +49,7 @@ from untwin.stages.tasks import (
 from untwin.storage.bitmap import bits_of, clear_bits, empty_bitmap, set_bits
 from untwin.storage.columns import matrix_of
 from untwin.storage.files import Storage, join
-from untwin.storage.inputs import naming_file
-from untwin.storage.partitions import ROW, iterate_partition, read_array, result_path, write_array
+from untwin.storage.partitions import ROW, iterate_partition, read_array, read_table, result_path, write_array
 from untwin.storage.rows import batch_rows
 from untwin.storage.shards import read_batch, write_batches, write_shard
 
@@ -378,13 +376,13 @@ class CrossStage(_BordersStage):
         home = guests["_home"].to_numpy()
         plane = guests["_plane"].to_numpy()
         X, Y = matrix_of(guests["_vector"]), matrix_of(own[job.pairwise.embedding_field])
-        visitors = _Side(guests.select([*job.keys, ROW]), home, first_copies(X))
-        hosts = _Side(own.select([*job.keys, ROW]), np.full(len(own), centroid, np.int32), first_copies(Y))
         axes = None
         if len(X) * len(Y) >= _MANY_PAIRS:
             sample = np.concatenate((_spread(X, _AXES_ROWS), _spread(Y, _AXES_ROWS)))
             axes = principal_axes(sample, max(1, min(_MOST_AXES, X.shape[1] // 4)))
         x, y = UnitRows(X, axes), UnitRows(Y, axes)
+        visitors = _Side(guests.select([*job.keys, ROW]), home, x.first_copies())
+        hosts = _Side(own.select([*job.keys, ROW]), np.full(len(own), centroid, np.int32), y.first_copies())
         x_at = np.flatnonzero(visitors.first == np.arange(len(X)))
         x_at = x_at[np.argsort(home[x_at], kind="stable")]
         y_at = np.flatnonzero(hosts.first == np.arange(len(Y)))
@@ -593,19 +591,14 @@ class ReopenStage(_BordersStage):
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[pa.Table]]:
         """Row numbers that stay for sure, those that are open, and pairs."""
         job, pairwise = self.borders, self.borders.pairwise
-        path = result_path(pairwise.output_path, cluster.centroid)
-        with naming_file(path), job.target.open(path) as source:
-            inside = pq.read_table(source, use_threads=False, partitioning=None)
-        witness = inside["kept_id"].combine_chunks()
-        if pairwise.compare_to == "kept":
-            removed = np.asarray(witness.is_valid().to_numpy(zero_copy_only=False), np.bool_)
-        else:
-            assert pairwise.eps is not None
-            removed = is_duplicate(inside["cosine_sim_score"].to_numpy(), pairwise.eps)
+        assert pairwise.eps is not None
+        inside = read_table(job.target, result_path(pairwise.output_path, cluster.centroid))
+        removed = removed_rows(inside, pairwise.eps, pairwise.compare_to)
         if across is None or not across.num_rows:
             return numbers[~removed], numbers[:0], []
         ids = inside["id"].combine_chunks()
         match = pc.index_in(inside["max_id"].combine_chunks(), value_set=ids).to_numpy(zero_copy_only=False)
+        witness = inside["kept_id"].combine_chunks()
         kept_match = pc.fill_null(pc.index_in(witness, value_set=ids, skip_nulls=True), -1)
         outside = np.zeros(len(numbers), np.bool_)
         outside[_positions(numbers, across["x_row"].to_numpy())] = True
@@ -757,9 +750,7 @@ class AnswerStage(_BordersStage):
         examples = Examples()
         low = 0
         for centroid, n_rows in inside.clusters:
-            path = result_path(job.pairwise.output_path, centroid)
-            with naming_file(path), job.target.open(path) as source:
-                table = pq.read_table(source, use_threads=False, partitioning=None)
+            table = read_table(job.target, result_path(job.pairwise.output_path, centroid))
             if changes is not None:
                 table = changes.applied(table, rows[low : low + n_rows])
             low += n_rows
@@ -769,11 +760,9 @@ class AnswerStage(_BordersStage):
             examples.add(table["id"].combine_chunks(), table["max_id"], score)
         rows_path = join(job.output_path, "_rows", f"unit-{task.unit:06d}.npy")
         write_array(job.target, rows_path, rows)
-        return PairsTask(
-            unit=task.unit,
-            n_rows=task.n_rows,
+        return dataclasses.replace(
+            inside,
             folder=job.output_path,
-            clusters=inside.clusters,
             rows_path=rows_path,
             counts=tuple(counts.tolist()),
             examples=examples.chosen(),
@@ -781,8 +770,7 @@ class AnswerStage(_BordersStage):
 
     def _changes(self, task: ReopenedTask) -> _Changes:
         job = self.borders
-        with naming_file(task.pairs_path), job.target.open(task.pairs_path) as source:
-            pairs = pq.read_table(source, use_threads=False, partitioning=None)
+        pairs = read_table(job.target, task.pairs_path)
         kept = np.frombuffer(job.target.read_bytes(self._kept_bitmap), np.uint8)
         better = pa.table({name: pairs[f"y_{name}"] for name in job.keys})
         x, score = pairs["x_row"].to_numpy(), pairs["score"].to_numpy()

@@ -16,12 +16,12 @@ from untwin.errors import OutputExistsError, ParameterError
 from untwin.stages import checks
 from untwin.stages.base import CompositeStage, Context, Stage, Task, Upstream, storage_of
 from untwin.stages.borders import AnswerStage
-from untwin.stages.pairwise import PairwiseStage, result_facts
+from untwin.stages.pairwise import PairwiseStage, removed_rows, result_facts
 from untwin.stages.tasks import CentroidsTask, DuplicatesTask, PairsTask, SelectedTask
 from untwin.storage.bitmap import empty_bitmap, set_bits
 from untwin.storage.files import Storage, join, normalize_path, redact
 from untwin.storage.inputs import naming_file
-from untwin.storage.partitions import read_array, result_path, write_array
+from untwin.storage.partitions import read_array, read_table, result_path, write_array
 from untwin.storage.sorting import ROW_GROUP, merge_sorted, sort_table, write_sorted
 
 _FILE_ROWS = 64 * ROW_GROUP
@@ -130,8 +130,7 @@ class _SelectStage(Stage):
 
     def _read(self, path: str) -> tuple[pa.Table, NDArray[np.bool_]]:
         facts = result_facts(self._source, path)
-        with naming_file(path), self._source.open(path) as source:
-            table = pq.read_table(source, use_threads=False, partitioning=None)
+        table = read_table(self._source, path)
         scores = table["cosine_sim_score"].to_numpy()
         made_with = facts.get("eps")
         _check_eps(self._eps, made_with)
@@ -141,10 +140,7 @@ class _SelectStage(Stage):
             table = table.append_column("kept_id", pa.nulls(len(scores), table.schema.field("id").type))
             table = table.append_column("cosine_sim_score", pa.nulls(len(scores), pa.float32()))
             return table, is_duplicate(scores, self._eps)
-        if facts.get("compare_to") == "kept":
-            removed = np.asarray(pc.is_valid(table["kept_id"]).to_numpy(zero_copy_only=False))
-        else:
-            removed = is_duplicate(scores, self._eps)
+        removed = removed_rows(table, self._eps, facts.get("compare_to"))
         table = table.select(["id", "kept_id", "kept_sim_score"]).rename_columns(["id", "kept_id", "cosine_sim_score"])
         return table, removed
 
@@ -226,8 +222,7 @@ class MergeStage(Stage):
                 files.append(join(folder, f"part-{len(files):05d}.parquet"))
                 write_sorted(self._target, files[-1], table.slice(low, _FILE_ROWS), durable=True)
         if not files:
-            with naming_file(paths[0]), self._target.open(paths[0]) as source:
-                empty = pq.read_table(source, partitioning=None)
+            empty = read_table(self._target, paths[0])
             files.append(join(folder, "part-00000.parquet"))
             write_sorted(self._target, files[-1], empty, durable=True)
         n_groups = self._write_groups(context)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -20,6 +21,7 @@ from untwin.core import (
     RankedArray,
     RankedRows,
     RowStore,
+    is_duplicate,
     match_ranked,
     normalize,
     score_counts,
@@ -439,6 +441,13 @@ def merge_examples(tasks: Sequence[PairsTask]) -> list[list[ExamplePair]]:
         found = sorted((item for task in tasks for item in task.examples[step]), key=lambda item: item[0])
         merged.append([pair for _, pair in found[:_EXAMPLES]])
     return merged
+
+
+def removed_rows(table: pa.Table, eps: float, compare_to: str | None) -> NDArray[np.bool_]:
+    """Which rows of a `cluster_K.parquet` that was made with an eps are duplicates."""
+    if compare_to == "kept":
+        return np.asarray(pc.is_valid(table["kept_id"]).to_numpy(zero_copy_only=False), np.bool_)
+    return is_duplicate(table["cosine_sim_score"].to_numpy(), eps)
 
 
 def result_facts(storage: Storage, path: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -157,6 +158,20 @@ def partition_facts(storage: Storage, path: str, embedding_field: str) -> tuple[
         except SchemaError as error:
             raise SchemaError(f"{redact(path)}: column {embedding_field!r} {error}") from None
         return parquet.metadata.num_rows, dim, schema.names
+
+
+def read_table(
+    storage: Storage, path: str, columns: Sequence[str] | None = None, condition: pc.Expression | None = None
+) -> pa.Table:
+    """A Parquet file, on this thread: some or all columns, of the rows that fulfil a condition."""
+    with naming_file(path), storage.open(path) as source:
+        return pq.read_table(
+            source,
+            columns=None if columns is None else list(columns),
+            filters=condition,
+            use_threads=False,
+            partitioning=None,
+        )
 
 
 def write_array(storage: Storage, path: str, array: NDArray[np.generic]) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from untwin.storage.files import Storage
 from untwin.storage.inputs import naming_file
+from untwin.storage.partitions import read_table
 
 ROW_GROUP = 16_384
 _EVERY = 4_096
@@ -38,14 +39,14 @@ def merge_sorted(storage: Storage, paths: Sequence[str], keys: Sequence[str], me
     if not n_rows:
         return
     if n_bytes * 4 <= memory:
-        tables = [_read(storage, path, None) for path, (rows, _) in zip(paths, facts, strict=True) if rows]
+        tables = [read_table(storage, path) for path, (rows, _) in zip(paths, facts, strict=True) if rows]
         yield sort_table(pa.concat_tables(tables), keys)
         return
     key = keys[0]
     samples = []
     for path, (rows, _) in zip(paths, facts, strict=True):
         if rows:
-            column = _read(storage, path, None, [key])[key]
+            column = read_table(storage, path, [key])[key]
             step = max(1, min(_EVERY, rows // 4))
             samples.append(column.take(pa.array(np.arange(0, rows, step))).combine_chunks())
     pool = pa.chunked_array(samples).combine_chunks()
@@ -63,7 +64,9 @@ def merge_sorted(storage: Storage, paths: Sequence[str], keys: Sequence[str], me
         elif condition is not None:
             # the last range also has the nulls
             condition |= field.is_null()
-        parts = [_read(storage, path, condition) for path, (rows, _) in zip(paths, facts, strict=True) if rows]
+        parts = [
+            read_table(storage, path, condition=condition) for path, (rows, _) in zip(paths, facts, strict=True) if rows
+        ]
         table = pa.concat_tables(parts)
         if table.num_rows:
             yield sort_table(table, keys)
@@ -74,8 +77,3 @@ def _facts(storage: Storage, path: str) -> tuple[int, int]:
         metadata = parquet.metadata
         size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
         return metadata.num_rows, size
-
-
-def _read(storage: Storage, path: str, condition: pc.Expression | None, columns: list[str] | None = None) -> pa.Table:
-    with naming_file(path), storage.open(path) as source:
-        return pq.read_table(source, columns=columns, filters=condition, use_threads=False, partitioning=None)
