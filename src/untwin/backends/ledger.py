@@ -139,12 +139,19 @@ class Ledger:
         marker = {
             "unit": self._encode(unit),
             "tasks": [self._encode(task) for task in results],
-            "files": [[self._relative(file.path), file.size, file.checksum] for file in files],
+            "files": [self._listed(file) for file in files],
         }
         self._write(join(self._folder, chain, f"{unit.unit}.json"), marker)
         self._units[chain, unit.unit] = json.loads(json.dumps(marker))
 
-    def finish(self, chain: str, results: Sequence[Sequence[Task]], n_rows: int, removed: Sequence[str] = ()) -> None:
+    def finish(
+        self,
+        chain: str,
+        results: Sequence[Sequence[Task]],
+        n_rows: int,
+        removed: Sequence[str] = (),
+        files: Sequence[WrittenFile] = (),
+    ) -> None:
         """Note that all units of a chain are done.
 
         Args:
@@ -152,12 +159,13 @@ class Ledger:
             results: The tasks of each stage, in unit order.
             n_rows: Rows it went over.
             removed: Folders that are removed next, so that nobody looks for them.
+            files: What units have written of which there is no marker.
         """
         mine = {key: marker for key, marker in self._units.items() if key[0] == chain}
         record = {
             "tasks": [[self._encode(task) for task in stage] for stage in results],
             "rows": n_rows,
-            "files": [file for marker in mine.values() for file in marker["files"]],
+            "files": [file for marker in mine.values() for file in marker["files"]] + [*map(self._listed, files)],
             "removed": [self._relative(path) for path in removed],
         }
         self._write(join(self._folder, f"{chain}.json"), record)
@@ -169,6 +177,9 @@ class Ledger:
     def _write(self, path: str, marker: Mapping[str, Any]) -> None:
         text = json.dumps(marker, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         self._storage.write_bytes(path, text.encode(), durable=True)
+
+    def _listed(self, file: WrittenFile) -> list[Any]:
+        return [self._relative(file.path), file.size, file.checksum]
 
     def _relative(self, path: str) -> str:
         return path.removeprefix(self._root).lstrip("/")

@@ -19,10 +19,12 @@ from untwin.backends.base import Executor, NoProgress, Outcome, Progress, StageR
 from untwin.backends.ledger import Ledger
 from untwin.errors import ParameterError, ResourceError
 from untwin.stages.base import Context, Stage, Task, Upstream
-from untwin.storage.files import DISK_FULL, Recording
+from untwin.storage.files import DISK_FULL, Recording, WrittenFile
+from untwin.storage.memory import Space
 
 _DEFAULT_MEMORY = 4 << 30
 _TIGHT_MEMORY = 1 << 30
+_MEMORY_WITHOUT_SPACE = 512 << 20
 _M_MMAP_THRESHOLD = -3
 """Of glibc's `mallopt`."""
 _log = logging.getLogger("untwin")
@@ -75,11 +77,25 @@ class LocalExecutor(Executor):
         results: dict[str, tuple[Task, ...]] = {}
         reports: list[StageReport] = []
         stopped = threading.Event()
-        with _system_allocator(), threadpool_limits(1, user_api="blas"), _threads(self.workers, stopped) as pool:
+        space = Space(max(0, self.memory - _MEMORY_WITHOUT_SPACE) // 2)
+        waiting: list[_Chain] = []
+        with (
+            space.active(),
+            _system_allocator(),
+            threadpool_limits(1, user_api="blas"),
+            _threads(self.workers, stopped) as pool,
+        ):
             for chain in segments(stages):
                 started = time.perf_counter()
-                run = _Chain(chain, ledger, stopped)
+                run = _Chain(chain, ledger, stopped, space)
                 n_rows, n_reused = self._run_chain(run, upstream, pool, shown, ledger)
+                if not run.complete:
+                    waiting.append(run)
+                if not space.used:
+                    # what these have left in memory only is not needed any more
+                    for chain_before in waiting:
+                        chain_before.record()
+                    waiting.clear()
                 seconds = time.perf_counter() - started
                 for index, stage in enumerate(chain):
                     done = run.results_of(index)
@@ -100,7 +116,7 @@ class LocalExecutor(Executor):
             n_rows, n_reused = finished.n_rows, len(run.results[0])
         else:
             units = run.stages[0].units(upstream)
-            n_rows = sum(unit.n_rows for unit in units)
+            n_rows = run.n_rows = sum(unit.n_rows for unit in units)
             left = [unit for unit in units if not run.reuse(unit)]
             n_reused = len(units) - len(left)
             shown.start(" + ".join(stage.name for stage in run.stages), n_rows)
@@ -110,14 +126,14 @@ class LocalExecutor(Executor):
                 self._run_units(run, left, pool, shown)
             finally:
                 shown.finish()
-            if ledger:
-                tasks = [run.results_of(index) for index in range(len(run.stages))]
-                ledger.finish(run.name, tasks, n_rows, [path for stage in run.stages for path in stage.scratch()])
+            if run.complete:
+                run.record()
         for stage in run.stages:
             stage.finish()
         return n_rows, n_reused
 
     def _run_units(self, run: _Chain, units: Sequence[Task], pool: ThreadPoolExecutor, progress: Progress) -> None:
+        largest = 0
         for unit in units:
             least = run.minimum_memory(unit)
             if least > self.memory:
@@ -125,7 +141,9 @@ class LocalExecutor(Executor):
                     f"the memory budget of {_megabytes(self.memory)} is too small: {run.stages[0].name} needs "
                     f"{_megabytes(least)} for its largest unit of work; raise --memory"
                 )
-        share = self.memory // self.workers
+            largest = max(largest, least)
+        memory = max(self.memory - run.space.used, largest)
+        share = memory // self.workers
         total = sum(map(run.cost, units))
         alone = [
             unit
@@ -134,7 +152,7 @@ class LocalExecutor(Executor):
         ]
         chosen = {id(unit) for unit in alone}
         together = sorted((u for u in units if id(u) not in chosen), key=run.cost, reverse=True)
-        inside = Context(self.memory, self.workers, pool.map)
+        inside = Context(memory, self.workers, pool.map)
         for unit in alone:
             run.process(unit, inside)
             progress.advance(unit.n_rows)
@@ -162,8 +180,13 @@ class LocalExecutor(Executor):
 class _Chain:
     """Stages that run one after the other on each unit."""
 
-    def __init__(self, stages: list[Stage], ledger: Ledger | None, stopped: threading.Event) -> None:
+    def __init__(self, stages: list[Stage], ledger: Ledger | None, stopped: threading.Event, space: Space) -> None:
         self.stages = stages
+        self.space = space
+        self.n_rows = 0
+        self.complete = True
+        """All that the units have left is in files."""
+        self._files: list[WrittenFile] = []
         self.name = ".".join(stage.name.replace(" ", "-") for stage in stages)
         self._ledger = ledger
         self._stopped = stopped
@@ -199,14 +222,26 @@ class _Chain:
 
     def process(self, unit: Task, context: Context) -> None:
         recording = Recording(self._stopped)
-        with recording.active() if self._ledger else nullcontext():
+        with self.space.active(), recording.active() if self._ledger else nullcontext():
             tasks = self._process(unit, context)
         if self._ledger:
             recording.check()
-            self._ledger.record(self.name, unit, tasks, list(recording.files.values()))
+            files = list(recording.files.values())
+            if recording.complete:
+                self._ledger.record(self.name, unit, tasks, files)
+            else:
+                self.complete = False
+                self._files += files
         for results, task in zip(self.results, tasks, strict=True):
             results.append(task)
         self._trim()
+
+    def record(self) -> None:
+        """Note in the ledger that all units are done."""
+        if self._ledger:
+            tasks = [self.results_of(index) for index in range(len(self.stages))]
+            scratch = [path for stage in self.stages for path in stage.scratch()]
+            self._ledger.finish(self.name, tasks, self.n_rows, scratch, self._files)
 
     def _process(self, unit: Task, context: Context) -> list[Task]:
         task = unit

@@ -8,26 +8,22 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from untwin.core import NearestCentroid, hash_rows, rowwise_dot
-from untwin.errors import SchemaError
+from untwin.core import NearestCentroid, blocks, hash_rows, rowwise_dot
 from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.stages.clustering import (
     IDS_SEED_1,
     IDS_SEED_2,
     VECTORS_SEED,
     Clustering,
-    RejectedRows,
     add_counts,
-    count_reasons,
-    unit_vectors,
 )
 from untwin.stages.ids import hash_ids
+from untwin.stages.judging import JudgedRows, JudgedUnit
 from untwin.stages.tasks import CentroidsTask, InputTask, ShardsTask
-from untwin.storage.columns import Reason, decode_vectors
 from untwin.storage.files import join
-from untwin.storage.partitions import read_array
-from untwin.storage.rows import RowBatch, read_rows
-from untwin.storage.shards import write_batches, write_shard
+from untwin.storage.memory import space
+from untwin.storage.partitions import ROW, read_array
+from untwin.storage.shards import leave_shard, make_shard, write_batches
 
 IDS_SCHEMA = pa.schema([("h1", pa.uint64()), ("h2", pa.uint64()), ("vector", pa.uint64()), ("row", pa.int64())])
 
@@ -61,13 +57,7 @@ class AssignStage(Stage):
         assert model is not None
         if self._model is None:
             self._model = _Model(np.asarray(read_array(job.target, model.path), np.float32))
-        writer = _ShardWriter(job, model, self._model, task)
-        spans = job.listing.spans(task.first_group, task.end_group, job.groups)
-        size = job.batch_rows(model.dim)
-        for rows in read_rows(job.source, job.listing.format, spans, job.fields.names, size):
-            for low in range(0, rows.columns.num_rows, size):
-                writer.add(RowBatch(rows.first_row + low, rows.columns.slice(low, size)))
-        return writer.finish()
+        return _Assignment(job, model, self._model, task).run()
 
 
 class _Model:
@@ -85,113 +75,70 @@ class _Model:
         return np.asarray(np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0))
 
 
-class _ShardWriter:
-    """Collects judged rows of one unit and writes a shard whenever the buffer is full."""
+class _Assignment:
+    """One unit: its rows with their clusters, as shards, and what else is known of it."""
 
     def __init__(self, job: Clustering, facts: CentroidsTask, model: _Model, task: InputTask) -> None:
         self._job, self._facts, self._model, self._task = job, facts, model, task
-        n_clusters = job.plan.n_clusters
         self._group_of = np.repeat(
             np.arange(len(facts.group_starts) - 1, dtype=np.int32), np.diff(np.array(facts.group_starts))
         )
-        capacity = max(1, min(task.n_rows, max(job.plan.unit_rows, job.batch_rows(facts.dim))))
-        self._vectors = np.empty((capacity, facts.dim), np.float32)
-        self._filled = 0
-        self._labels: list[NDArray[np.int32]] = []
-        self._sides: list[pa.RecordBatch] = []
-        self._keys: list[NDArray[np.uint64]] = []
         self._shards: list[tuple[str, int, int]] = []
         self._id_files: list[str] = []
-        self._cluster_rows = np.zeros(n_clusters, np.int64)
-        self._rejected = RejectedRows(job.listing.id_type)
-        self._reasons: list[dict[str, int]] = []
+        self._cluster_rows = np.zeros(job.plan.n_clusters, np.int64)
         self._sums = np.zeros(2)
 
-    def add(self, rows: RowBatch) -> None:
+    def run(self) -> ShardsTask:
+        job, task = self._job, self._task
+        held = job.rows_held(task.unit)
+        unit = space().get(held)
+        if unit is None or unit.dim != self._facts.dim:
+            unit = JudgedUnit(job, task, self._facts.dim)
+        for part in unit.parts():
+            self._assign(part, held)
+        space().drop(held)
+        path = join(job.rejected_path, f"invalid-{task.unit:06d}.parquet")
+        rejected_path = unit.rejected.write(job.target, path, job.listing)
+        present = np.flatnonzero(self._cluster_rows)
+        return ShardsTask(
+            unit=task.unit,
+            n_rows=task.n_rows,
+            shards=tuple(self._shards),
+            id_files=tuple(self._id_files),
+            cluster_rows=dict(zip(present.tolist(), self._cluster_rows[present].tolist(), strict=True)),
+            rejected=add_counts(unit.reasons),
+            sum_sq_dist=float(self._sums[0]),
+            sum_cosine=float(self._sums[1]),
+            rejected_path=rejected_path,
+        )
+
+    def _assign(self, part: JudgedRows, held: str) -> None:
+        """Make a shard of some rows."""
         job = self._job
-        fields = job.fields
-        ids = job.ids(rows)
-        bad_ids = ids.is_null().to_numpy(zero_copy_only=False) if ids.null_count else None
-        judged = unit_vectors(decode_vectors(job.embeddings(rows), self._facts.dim), bad_ids)
-        wrong = np.flatnonzero(judged.reasons != Reason.OK)
-        if len(wrong):
-            self._rejected.add(ids.take(pa.array(wrong)), rows.first_row + wrong, judged.reasons[wrong])
-            self._reasons.append(count_reasons(judged.reasons))
-        count = len(judged.positions)
-        if count == 0:
-            return
-        if self._filled + count > len(self._vectors):
-            self._flush()
-        vectors = judged.vectors
-        labels, sq_dist = self._model.nearest.assign(vectors)
-        cosine = self._model.cosine(vectors, labels)
-        everything = count == rows.columns.num_rows
-        chosen = pa.array(judged.positions)
-        kept_ids = ids if everything else ids.take(chosen)
-        arrays: list[pa.Array] = []
-        for field in job.side_fields:
-            match field.name:
-                case fields.id_field:
-                    arrays.append(kept_ids)
-                case "l2_dist_to_cent":
-                    arrays.append(pa.array(np.sqrt(sq_dist).astype(np.float32)))
-                case "cosine_dist_to_cent":
-                    arrays.append(pa.array((1.0 - cosine).astype(np.float32)))
-                case "_row":
-                    arrays.append(pa.array(rows.first_row + judged.positions))
-                case _:
-                    column = self._cast(rows, field)
-                    arrays.append(column if everything else column.take(chosen))
-        self._sides.append(pa.record_batch(arrays, schema=pa.schema(job.side_fields)))
-        self._keys.append(
-            np.stack(
-                (
-                    hash_ids(kept_ids, IDS_SEED_1),
-                    hash_ids(kept_ids, IDS_SEED_2),
-                    hash_rows(vectors, VECTORS_SEED),
-                    (rows.first_row + judged.positions).astype(np.uint64),
-                )
-            )
-        )
-        self._vectors[self._filled : self._filled + count] = vectors
-        self._filled += count
-        self._labels.append(labels)
-        self._sums += sq_dist.sum(), cosine.sum()
-
-    def _cast(self, rows: RowBatch, field: pa.Field) -> pa.Array:
-        column = rows.columns.column(field.name)
-        if column.type.equals(field.type):
-            return column
-        try:
-            return column.cast(field.type)
-        except pa.ArrowException as error:
-            raise SchemaError(
-                f"{self._job.place(rows)}: column {field.name!r} is {column.type} where it was {field.type} ({error}); "
-                "bring it to one type"
-            ) from error
-
-    def _flush(self) -> None:
-        if not self._filled:
-            return
-        job, unit = self._job, self._task.unit
-        name = f"{unit:06d}-{len(self._shards):04d}.arrow"
-        labels = np.concatenate(self._labels)
-        columns = pa.Table.from_batches(self._sides)
+        name = f"{self._task.unit:06d}-{len(self._shards):04d}.arrow"
+        n_rows = len(part.vectors)
+        labels = np.empty(n_rows, np.int32)
+        distances = np.empty((2, n_rows), np.float32)
+        keys = np.empty((4, n_rows), np.uint64)
+        ids = part.columns[job.fields.id_field].combine_chunks()
+        keys[3] = part.columns[ROW].to_numpy()
+        for rows in blocks(n_rows, job.batch_rows(self._facts.dim)):
+            vectors = part.vectors[rows]
+            labels[rows], sq_dist = self._model.nearest.assign(vectors)
+            cosine = self._model.cosine(vectors, labels[rows])
+            distances[0, rows], distances[1, rows] = np.sqrt(sq_dist), 1.0 - cosine
+            self._sums += sq_dist.sum(), cosine.sum()
+            some = ids.slice(rows.start, rows.stop - rows.start)
+            keys[0, rows], keys[1, rows] = hash_ids(some, IDS_SEED_1), hash_ids(some, IDS_SEED_2)
+            keys[2, rows] = hash_rows(vectors, VECTORS_SEED)
+        first, *others = part.columns.columns
+        columns = pa.table([first, *distances, *others], schema=pa.schema(job.side_fields))
         path = job.work_file("shards", name)
-        self._cluster_rows += write_shard(
-            job.target,
-            path,
-            columns,
-            self._vectors[: self._filled],
-            labels,
-            self._group_of,
-            len(self._facts.group_starts) - 1,
-        )
-        keys = np.concatenate(self._keys, axis=1)
+        shard = make_shard(columns, part.vectors, labels, self._group_of, len(self._facts.group_starts) - 1)
+        leave_shard(job.target, path, shard, instead_of=held)
         self._write_keys(job.work_file("ids", name), keys)
+        self._cluster_rows += np.bincount(labels, minlength=job.plan.n_clusters)
         self._shards.append((path, int(keys[3, 0]), int(keys[3, -1]) + 1))
-        self._filled = 0
-        self._labels, self._sides, self._keys = [], [], []
 
     def _write_keys(self, path: str, keys: NDArray[np.uint64]) -> None:
         parts = self._job.plan.id_partitions
@@ -206,21 +153,3 @@ class _ShardWriter:
             batches.append(pa.record_batch([h1, h2, vector, row.cast(pa.int64())], schema=IDS_SCHEMA))
         write_batches(self._job.target, path, IDS_SCHEMA, batches)
         self._id_files.append(path)
-
-    def finish(self) -> ShardsTask:
-        self._flush()
-        job, task = self._job, self._task
-        path = join(job.rejected_path, f"invalid-{task.unit:06d}.parquet")
-        rejected_path = self._rejected.write(job.target, path, job.listing)
-        present = np.flatnonzero(self._cluster_rows)
-        return ShardsTask(
-            unit=task.unit,
-            n_rows=task.n_rows,
-            shards=tuple(self._shards),
-            id_files=tuple(self._id_files),
-            cluster_rows=dict(zip(present.tolist(), self._cluster_rows[present].tolist(), strict=True)),
-            rejected=add_counts(self._reasons),
-            sum_sq_dist=float(self._sums[0]),
-            sum_cosine=float(self._sums[1]),
-            rejected_path=rejected_path,
-        )

@@ -51,7 +51,7 @@ from untwin.storage.columns import matrix_of
 from untwin.storage.files import Storage, join
 from untwin.storage.partitions import ROW, iterate_partition, read_array, read_table, result_path, write_array
 from untwin.storage.rows import batch_rows
-from untwin.storage.shards import read_batch, write_batches, write_shard
+from untwin.storage.shards import make_shard, read_batch, write_batches, write_shard
 
 _SHARD_BYTES = 32 << 20
 _BLOCK_BYTES = 8 << 20
@@ -248,7 +248,7 @@ class _Visitors:
         vectors = np.concatenate(self._vectors)
         self._vectors = []
         sides = pa.Table.from_batches(self._sides)
-        write_shard(self._job.target, path, sides, vectors, targets, self._group_of, self._n_groups)
+        write_shard(self._job.target, path, make_shard(sides, vectors, targets, self._group_of, self._n_groups))
         self._counts += np.bincount(self._group_of[targets], minlength=self._n_groups)
         self._shards.append(path)
         self._sides, self._targets, self._held = [], [], 0

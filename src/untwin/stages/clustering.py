@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from untwin.core import normalize
 from untwin.errors import SchemaError
 from untwin.plan import Plan
 from untwin.stages.tasks import InputTask
-from untwin.storage.columns import RawVectors, Reason, decode_ids, embedding_dim
+from untwin.storage.columns import decode_ids, embedding_dim
 from untwin.storage.files import Storage, join, redact
 from untwin.storage.listing import Fields, Groups, Listing
 from untwin.storage.partitions import ROW
@@ -103,96 +100,31 @@ class Clustering:
         return join(self.work_path, *names)
 
     @property
-    def side_fields(self) -> list[pa.Field]:
-        """The columns that travel with a vector through the shuffle."""
+    def carried_fields(self) -> list[pa.Field]:
+        """The columns that come with a vector from the input."""
         metadata = [
             pa.field(name, kind)
             for name, kind in zip(self.fields.metadata_fields, self.listing.metadata_types, strict=True)
             if name != self.fields.id_field
         ]
-        return [
-            pa.field(self.fields.id_field, self.listing.id_type),
-            pa.field("l2_dist_to_cent", pa.float32()),
-            pa.field("cosine_dist_to_cent", pa.float32()),
-            *metadata,
-            pa.field(ROW, pa.int64()),
-        ]
+        return [pa.field(self.fields.id_field, self.listing.id_type), *metadata, pa.field(ROW, pa.int64())]
+
+    @property
+    def side_fields(self) -> list[pa.Field]:
+        """The columns that travel with a vector through the shuffle."""
+        first, *others = self.carried_fields
+        distances = [pa.field(name, pa.float32()) for name in ("l2_dist_to_cent", "cosine_dist_to_cent")]
+        return [first, *distances, *others]
+
+    def rows_held(self, unit: int) -> str:
+        """The path under which the rows of an input unit are held, from the sample to the assignment."""
+        return self.work_file("rows", f"{unit:06d}")
 
     def partition_schema(self, dim: int) -> pa.Schema:
         """The columns of `centroid=K/*.parquet`."""
         first, *others = self.side_fields
         embedding = pa.field(self.fields.embedding_field, pa.list_(pa.float32(), dim))
         return pa.schema([first, embedding, *others])
-
-
-@dataclass(frozen=True)
-class UnitVectors:
-    """The rows of a batch that can be judged.
-
-    Attributes:
-        vectors: (m, D) float32, unit length.
-        positions: (m,) int64, positions in the batch.
-        reasons: (n,) uint8 of `Reason`, for all rows of the batch.
-    """
-
-    vectors: NDArray[np.float32]
-    positions: NDArray[np.int64]
-    reasons: NDArray[np.uint8]
-
-
-def unit_vectors(raw: RawVectors, bad_ids: NDArray[np.bool_] | None) -> UnitVectors:
-    """Normalise a batch's vectors, and say of each row why it cannot be judged."""
-    reasons = raw.reasons.copy()
-    vectors, invalid = normalize(raw.values)
-    positions = np.arange(len(reasons), dtype=np.int64) if raw.positions is None else raw.positions
-    reasons[positions] = invalid
-    if bad_ids is not None:
-        reasons[bad_ids] = Reason.NULL_ID
-    good = reasons[positions] == Reason.OK
-    if not good.all():
-        vectors, positions = vectors[good], positions[good]
-    return UnitVectors(vectors, positions, reasons)
-
-
-class RejectedRows:
-    """Collects rows that are set aside, and writes them as `id`, `file`, `row`, `reason`."""
-
-    def __init__(self, id_type: pa.DataType) -> None:
-        self._id_type = id_type
-        self._ids: list[pa.Array] = []
-        self._rows: list[NDArray[np.int64]] = []
-        self._reasons: list[NDArray[np.uint8]] = []
-
-    def add(self, ids: pa.Array, rows: NDArray[np.int64], reasons: NDArray[np.uint8]) -> None:
-        """Add rows by their numbers in the plan's order."""
-        self._ids.append(ids)
-        self._rows.append(rows)
-        self._reasons.append(reasons)
-
-    def write(self, storage: Storage, path: str, listing: Listing) -> str:
-        """Write them if there are any; returns the path, or nothing."""
-        if not self._rows:
-            return ""
-        rows = np.concatenate(self._rows)
-        files, row_in_file = listing.locate(rows)
-        reasons = np.concatenate(self._reasons)
-        table = pa.table(
-            {
-                "id": pa.chunked_array(self._ids, self._id_type),
-                "file": pa.array([redact(file) for file in files], pa.string()),
-                "row": row_in_file,
-                "reason": pa.array([Reason(code).text for code in reasons.tolist()], pa.string()),
-            }
-        )
-        with storage.writing(path, durable=True) as sink:
-            pq.write_table(table.sort_by([("file", "ascending"), ("row", "ascending")]), sink, compression="zstd")
-        return path
-
-
-def count_reasons(reasons: NDArray[np.uint8]) -> dict[str, int]:
-    """How often each reason occurs."""
-    codes, counts = np.unique(reasons[reasons != Reason.OK], return_counts=True)
-    return {Reason(code).text: count for code, count in zip(codes.tolist(), counts.tolist(), strict=True)}
 
 
 def add_counts(counts: Sequence[dict[str, int] | Any]) -> dict[str, int]:

@@ -9,13 +9,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from untwin.stages.base import Context, Stage, Upstream
-from untwin.stages.clustering import Clustering, RejectedRows
+from untwin.stages.clustering import Clustering
+from untwin.stages.judging import RejectedRows
 from untwin.stages.tasks import CentroidsTask, Cluster, ClustersTask, RepeatsTask, ShardsTask
 from untwin.storage.bitmap import byte_range, empty_bitmap, get_bits, set_bits
-from untwin.storage.columns import Reason
+from untwin.storage.columns import Reason, matrix_of, vector_array
 from untwin.storage.files import join
 from untwin.storage.partitions import ROW, hold, partition_path, read_array, write_partition
-from untwin.storage.shards import read_batch
+from untwin.storage.shards import read_group
 
 
 class GatherStage(Stage):
@@ -96,10 +97,20 @@ class GatherStage(Stage):
         job = self.clustering
         batches = list(self._batches(task.unit, rejected))
         labels = np.concatenate([batch.column("_centroid").to_numpy() for batch in batches])
-        table = pa.Table.from_batches(batches)
-        del batches
         order = np.argsort(labels, kind="stable")
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
         labels = labels[order]
+        vectors = np.empty((len(order), task.dim), np.float32)
+        sides = []
+        filled = 0
+        for batch in batches:
+            # row by row to where it belongs: Arrow's own selection from fixed-size lists takes many times as long
+            vectors[place[filled : filled + batch.num_rows]] = matrix_of(batch.column("_vector"))
+            sides.append(batch.drop_columns(["_centroid", "_vector"]))
+            filled += batch.num_rows
+        del batches
+        side = pa.Table.from_batches(sides).take(pa.array(order)).combine_chunks()
         clusters: list[Cluster] = []
         held: dict[str, pa.Table] = {}
         schema = job.partition_schema(task.dim)
@@ -107,7 +118,10 @@ class GatherStage(Stage):
             low, high = np.searchsorted(labels, [cluster.centroid, cluster.centroid + 1])
             if low == high:
                 continue
-            part = self._partition(table.take(pa.array(order[low:high])), schema)
+            part = side.slice(low, high - low).append_column(
+                job.fields.embedding_field, vector_array(vectors[low:high])
+            )
+            part = part.select(schema.names)
             path = partition_path(job.output_path, cluster.centroid)
             write_partition(job.target, path, schema, [part])
             held[path] = part
@@ -137,7 +151,7 @@ class GatherStage(Stage):
     def _batches(self, group: int, rejected: RejectedRows) -> Iterator[pa.RecordBatch]:
         job = self.clustering
         for path, first_row, end_row in self._shards:
-            batch = read_batch(job.target, path, group)
+            batch = read_group(job.target, path, group)
             if batch.num_rows and self._repeated:
                 batch = self._without_repeats(batch, first_row, end_row, rejected)
             yield batch

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from untwin.core import normalize
+from untwin.core import blocks, normalize
 from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.stages.clustering import SAMPLE_SEED, Clustering
 from untwin.stages.ids import hash_ids
+from untwin.stages.judging import JudgedUnit
 from untwin.stages.tasks import InputTask, SampleTask
-from untwin.storage.columns import decode_vectors, list_lengths
+from untwin.storage.columns import Reason, decode_vectors, list_lengths
+from untwin.storage.memory import space
 from untwin.storage.rows import read_rows
 from untwin.storage.sample import sample_batch, write_sample
 
+_SIDE_BYTES = 128
+"""What travels with a vector, as far as can be known before it is read."""
+
 
 class SampleStage(Stage):
-    """Takes the sampled rows out of each input unit.
+    """Takes the sampled rows out of each input unit, and holds the unit's rows for `assign` if there is room.
 
     Rows are taken whose hash is below a bound that the wanted number of rows passes almost surely; the fit then takes
     the smallest of them. So no pass over the ids is needed first, and the sample depends on the rows alone.
@@ -46,17 +52,51 @@ class SampleStage(Stage):
     def process(self, task: InputTask, context: Context) -> SampleTask:
         """Write the unit's part of the sample."""
         job = self._clustering
-        share = self._share()
-        bound = np.uint64(min(2**64 - 1, int(share * 2.0**64)))
+        bound = np.uint64(min(2**64 - 1, int(self._share() * 2.0**64)))
+        size = job.batch_rows(job.plan.dim)
+        held = self._held(task)
         batches: list[pa.RecordBatch] = []
-        n_sampled = 0
+        for hashes, vectors in self._picked(held, bound) if held is not None else self._read(task, bound):
+            batches += [sample_batch(hashes[some], vectors[some]) for some in blocks(len(hashes), size)]
+        path = job.work_file("sample", f"part-{task.unit:06d}.arrow")
+        write_sample(job.target, path, batches)
+        return SampleTask(task.unit, task.n_rows, path, len(batches), sum(batch.num_rows for batch in batches))
+
+    def _held(self, task: InputTask) -> JudgedUnit | None:
+        """The rows of a unit, held for the assignment that wants them next; None without room for them."""
+        job = self._clustering
+        dim = job.dim or job.plan.dim
+        path = job.rows_held(task.unit)
+        if not space().put(path, None, task.n_rows * (4 * dim + _SIDE_BYTES)):
+            return None
+        unit = JudgedUnit(job, task, dim)
+        unit.hold()
+        other_lengths = any(Reason.WRONG_LENGTH.text in counts for counts in unit.reasons)
+        if (other_lengths and not job.dim) or not space().put(path, unit, unit.n_bytes):
+            space().drop(path)
+        # the rows of the sample tell which length is the commonest, so all lengths must be seen
+        return None if other_lengths and not job.dim else unit
+
+    def _picked(self, unit: JudgedUnit, bound: np.uint64) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.float32]]]:
+        """Hashes and vectors of the sampled rows among those held."""
+        for part in unit.parts():
+            ids = part.columns[self._clustering.fields.id_field]
+            hashes = np.concatenate(
+                [hash_ids(chunk, self._clustering.seed + SAMPLE_SEED) for chunk in ids.chunks]
+                or [np.empty(0, np.uint64)]
+            )
+            chosen = np.flatnonzero(hashes <= bound)
+            yield hashes[chosen], part.vectors[chosen]
+
+    def _read(self, task: InputTask, bound: np.uint64) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.float32]]]:
+        """Hashes and vectors of the sampled rows, as they are read; each batch has vectors of one length."""
+        job = self._clustering
         spans = job.listing.spans(task.first_group, task.end_group, job.groups)
         names = [job.fields.id_field, job.fields.embedding_field]
-        size = job.batch_rows(job.plan.dim)
-        for rows in read_rows(job.source, job.listing.format, spans, names, size):
+        for rows in read_rows(job.source, job.listing.format, spans, names, job.batch_rows(job.plan.dim)):
             ids = job.ids(rows)
             hashes = hash_ids(ids, job.seed + SAMPLE_SEED)
-            chosen = np.ones(len(ids), np.bool_) if share >= 1 else hashes <= bound
+            chosen = hashes <= bound
             if ids.null_count:
                 chosen &= ids.is_valid().to_numpy(zero_copy_only=False)
             picked = np.flatnonzero(chosen)
@@ -71,10 +111,4 @@ class SampleStage(Stage):
                 vectors, invalid = normalize(raw.values)
                 positions = np.arange(len(here)) if raw.positions is None else raw.positions
                 good = np.flatnonzero(invalid == 0)
-                for low in range(0, len(good), size):
-                    some = good[low : low + size]
-                    batches.append(sample_batch(hashes[here[positions[some]]], vectors[some]))
-                    n_sampled += len(some)
-        path = job.work_file("sample", f"part-{task.unit:06d}.arrow")
-        write_sample(job.target, path, batches)
-        return SampleTask(task.unit, task.n_rows, path, len(batches), n_sampled)
+                yield hashes[here[positions[good]]], vectors[good]

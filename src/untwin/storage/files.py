@@ -37,6 +37,7 @@ from untwin.errors import (
     StorageError,
     UntwinError,
 )
+from untwin.storage.memory import space
 
 T = TypeVar("T")
 
@@ -92,6 +93,8 @@ class Recording:
         self._stopped = stopped or threading.Event()
         self._held: dict[Path, Path] = {}
         self.files: dict[str, WrittenFile] = {}
+        self.complete = True
+        """All that the unit leaves is in files; none of it lies in memory only."""
 
     def check(self) -> None:
         """Raise KeyboardInterrupt in a unit of an interrupted run."""
@@ -130,6 +133,13 @@ class Recording:
 
 
 _recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("untwin-recording", default=None)
+
+
+def note_held() -> None:
+    """Tell the recording that the unit at work leaves something in memory instead of in a file."""
+    recording = _recording.get()
+    if recording is not None:
+        recording.complete = False
 
 
 def is_remote(path: str) -> bool:
@@ -502,7 +512,8 @@ class Storage:
         self.write_bytes(path, (text + "\n").encode(), durable=durable)
 
     def remove(self, path: str) -> None:
-        """Remove a file, or a folder with all that is below it."""
+        """Remove a file, or a folder with all that is below it; also what is held in memory instead."""
+        space().drop(path)
         if is_remote(path):
             fs = self._fs(path)
             with self._explained(path):

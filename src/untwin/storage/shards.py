@@ -7,6 +7,7 @@ units of input and not with the number of clusters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -14,50 +15,92 @@ import pyarrow.ipc
 from numpy.typing import NDArray
 
 from untwin.storage.columns import vector_array
-from untwin.storage.files import Storage
+from untwin.storage.files import Storage, note_held
 from untwin.storage.inputs import naming_file
+from untwin.storage.memory import space
 
 
-def write_shard(
-    storage: Storage,
-    path: str,
+@dataclass(frozen=True)
+class Shard:
+    """The rows of a shard in memory: n rows with what belongs to each.
+
+    Attributes:
+        columns: Everything but the vectors and the cluster.
+        vectors: (n, D) float32.
+        labels: (n,) int32, the cluster of each row.
+        order: (n,) the rows sorted by cluster.
+        bounds: (g + 1,) where each group of clusters begins in `order`.
+    """
+
+    columns: pa.Table
+    vectors: NDArray[np.float32]
+    labels: NDArray[np.int32]
+    order: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in memory."""
+        vectors = self.vectors if self.vectors.base is None else self.vectors.base
+        return int(vectors.nbytes + self.labels.nbytes + self.order.nbytes + self.columns.nbytes)
+
+    def group(self, number: int) -> pa.RecordBatch:
+        """The rows of a group of clusters, in the order of the clusters."""
+        chosen = self.order[self.bounds[number] : self.bounds[number + 1]]
+        columns = self.columns.take(pa.array(chosen))
+        arrays = [_array(column) for column in columns.columns]
+        arrays += [pa.array(self.labels[chosen], pa.int32()), vector_array(self.vectors[chosen])]
+        return pa.record_batch(arrays, schema=shard_schema(self.columns.schema, self.vectors.shape[1]))
+
+
+def make_shard(
     columns: pa.Table,
     vectors: NDArray[np.float32],
     labels: NDArray[np.int32],
     group_of_cluster: NDArray[np.int32],
     n_groups: int,
-) -> NDArray[np.int64]:
-    """Write one shard.
+) -> Shard:
+    """Sort rows by cluster.
 
     Args:
-        storage: Where to.
-        path: Final name.
         columns: n rows: everything but the vectors and the cluster.
         vectors: (n, D) float32.
         labels: (n,) cluster of each row.
         group_of_cluster: (K,) group of each cluster, not decreasing.
         n_groups: Number of groups.
-
-    Returns:
-        (K,) rows of each cluster.
     """
     order = np.argsort(labels, kind="stable")
     bounds = np.searchsorted(group_of_cluster[labels[order]], np.arange(n_groups + 1))
-    schema = shard_schema(columns.schema, vectors.shape[1])
-    columns = columns.combine_chunks()
+    return Shard(columns.combine_chunks(), vectors, labels, order, bounds)
+
+
+def write_shard(storage: Storage, path: str, shard: Shard) -> None:
+    """Write a shard, a record batch for each group."""
+    schema = shard_schema(shard.columns.schema, shard.vectors.shape[1])
     with (
         storage.writing(path) as sink,
         pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(use_threads=False)) as writer,
     ):
-        for group in range(n_groups):
-            chosen = order[bounds[group] : bounds[group + 1]]
-            part = columns.take(pa.array(chosen)).combine_chunks().to_batches()
-            arrays = [column for batch in part for column in batch.columns] or [
-                pa.array([], field.type) for field in columns.schema
-            ]
-            arrays += [pa.array(labels[chosen], pa.int32()), vector_array(vectors[chosen])]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-    return np.bincount(labels, minlength=len(group_of_cluster)).astype(np.int64)
+        for number in range(len(shard.bounds) - 1):
+            writer.write_batch(shard.group(number))
+
+
+def leave_shard(storage: Storage, path: str, shard: Shard, *, instead_of: str = "") -> None:
+    """Hold a shard in memory if there is room, else write it."""
+    if space().put(path, shard, shard.n_bytes, instead_of=instead_of):
+        note_held()
+    else:
+        write_shard(storage, path, shard)
+
+
+def read_group(storage: Storage, path: str, number: int) -> pa.RecordBatch:
+    """The rows of a group of clusters out of a shard, in the order of the clusters."""
+    held = space().get(path)
+    return held.group(number) if held is not None else read_batch(storage, path, number)
+
+
+def _array(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def shard_schema(columns: pa.Schema, dim: int) -> pa.Schema:

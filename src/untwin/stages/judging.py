@@ -1,0 +1,174 @@
+"""Reading an input unit: which rows can be judged, their unit vectors, and what travels with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from untwin.core import normalize
+from untwin.errors import SchemaError
+from untwin.stages.clustering import Clustering
+from untwin.stages.tasks import InputTask
+from untwin.storage.columns import Reason, decode_vectors
+from untwin.storage.files import Storage, redact
+from untwin.storage.listing import Listing
+from untwin.storage.partitions import ROW
+from untwin.storage.rows import RowBatch, read_rows
+
+
+@dataclass(frozen=True)
+class JudgedRows:
+    """Rows that can be judged, in the order of the input.
+
+    Attributes:
+        vectors: (m, D) float32, unit length.
+        columns: Ids, metadata columns and row numbers, m rows.
+    """
+
+    vectors: NDArray[np.float32]
+    columns: pa.Table
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in memory, with the room behind the vectors."""
+        vectors = self.vectors if self.vectors.base is None else self.vectors.base
+        return int(vectors.nbytes + self.columns.nbytes)
+
+
+class JudgedUnit:
+    """The rows of an input unit, read once: those that can be judged, in parts, and those that cannot.
+
+    Args:
+        job: The k-means job.
+        task: The unit.
+        dim: Wanted length of the vectors.
+    """
+
+    def __init__(self, job: Clustering, task: InputTask, dim: int) -> None:
+        self._job, self._task, self.dim = job, task, dim
+        self._schema = pa.schema(job.carried_fields)
+        self._held: list[JudgedRows] = []
+        self.rejected = RejectedRows(job.listing.id_type)
+        self.reasons: list[dict[str, int]] = []
+
+    def parts(self) -> Iterator[JudgedRows]:
+        """The rows that can be judged: those held, or a unit's worth of rows at a time as they are read."""
+        return iter(self._held) if self._held else self._read()
+
+    def hold(self) -> None:
+        """Read everything, and keep it for `parts`."""
+        self._held = list(self._read())
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that are held."""
+        return sum(part.n_bytes for part in self._held)
+
+    def _read(self) -> Iterator[JudgedRows]:
+        job, task = self._job, self._task
+        size = job.batch_rows(self.dim)
+        capacity = max(1, min(task.n_rows, max(job.plan.unit_rows, size)))
+        spans = job.listing.spans(task.first_group, task.end_group, job.groups)
+        sides: list[pa.RecordBatch] = []
+        vectors, filled = self._room(capacity), 0
+        for batch in read_rows(job.source, job.listing.format, spans, job.fields.names, size):
+            for low in range(0, batch.columns.num_rows, size):
+                rows = RowBatch(batch.first_row + low, batch.columns.slice(low, size))
+                if filled + rows.columns.num_rows > capacity:
+                    yield JudgedRows(vectors[:filled], pa.Table.from_batches(sides, self._schema))
+                    vectors, sides, filled = self._room(capacity), [], 0
+                side = self._judge(rows, vectors[filled:])
+                sides.append(side)
+                filled += side.num_rows
+        if filled:
+            yield JudgedRows(vectors[:filled], pa.Table.from_batches(sides, self._schema))
+
+    def _room(self, capacity: int) -> NDArray[np.float32]:
+        return np.empty((capacity, self.dim), np.float32)
+
+    def _judge(self, rows: RowBatch, out: NDArray[np.float32]) -> pa.RecordBatch:
+        """Write the unit vectors of the rows that can be judged to `out`; returns what travels with them."""
+        job = self._job
+        ids = job.ids(rows)
+        raw = decode_vectors(job.embeddings(rows), self.dim)
+        reasons = raw.reasons.copy()
+        positions = np.arange(len(reasons), dtype=np.int64) if raw.positions is None else raw.positions
+        _, reasons[positions] = normalize(raw.values, out=out[: len(positions)])
+        if ids.null_count:
+            reasons[ids.is_null().to_numpy(zero_copy_only=False)] = Reason.NULL_ID
+        wrong = np.flatnonzero(reasons != Reason.OK)
+        if len(wrong):
+            self.rejected.add(ids.take(pa.array(wrong)), rows.first_row + wrong, reasons[wrong])
+            self.reasons.append(count_reasons(reasons))
+            good = reasons[positions] == Reason.OK
+            positions = positions[good]
+            out[: len(positions)] = out[: len(good)][good]
+        arrays: list[pa.Array] = []
+        for field in self._schema:
+            match field.name:
+                case job.fields.id_field:
+                    column = ids
+                case _ if field.name == ROW:
+                    column = pa.array(np.arange(rows.first_row, rows.first_row + len(reasons)))
+                case _:
+                    column = self._cast(rows, field)
+            arrays.append(column.take(pa.array(positions)) if len(wrong) else column)
+        return pa.record_batch(arrays, schema=self._schema)
+
+    def _cast(self, rows: RowBatch, field: pa.Field) -> pa.Array:
+        column = rows.columns.column(field.name)
+        if column.type.equals(field.type):
+            return column
+        try:
+            return column.cast(field.type)
+        except pa.ArrowException as error:
+            raise SchemaError(
+                f"{self._job.place(rows)}: column {field.name!r} is {column.type} where it was {field.type} ({error}); "
+                "bring it to one type"
+            ) from error
+
+
+class RejectedRows:
+    """Collects rows that are set aside, and writes them as `id`, `file`, `row`, `reason`."""
+
+    def __init__(self, id_type: pa.DataType) -> None:
+        self._id_type = id_type
+        self._ids: list[pa.Array] = []
+        self._rows: list[NDArray[np.int64]] = []
+        self._reasons: list[NDArray[np.uint8]] = []
+
+    def add(self, ids: pa.Array, rows: NDArray[np.int64], reasons: NDArray[np.uint8]) -> None:
+        """Add rows by their numbers in the plan's order."""
+        self._ids.append(ids)
+        self._rows.append(rows)
+        self._reasons.append(reasons)
+
+    def write(self, storage: Storage, path: str, listing: Listing) -> str:
+        """Write them if there are any; returns the path, or nothing."""
+        if not self._rows:
+            return ""
+        rows = np.concatenate(self._rows)
+        files, row_in_file = listing.locate(rows)
+        reasons = np.concatenate(self._reasons)
+        table = pa.table(
+            {
+                "id": pa.chunked_array(self._ids, self._id_type),
+                "file": pa.array([redact(file) for file in files], pa.string()),
+                "row": row_in_file,
+                "reason": pa.array([Reason(code).text for code in reasons.tolist()], pa.string()),
+            }
+        )
+        with storage.writing(path, durable=True) as sink:
+            pq.write_table(table.sort_by([("file", "ascending"), ("row", "ascending")]), sink, compression="zstd")
+        return path
+
+
+def count_reasons(reasons: NDArray[np.uint8]) -> dict[str, int]:
+    """How often each reason occurs."""
+    codes, counts = np.unique(reasons[reasons != Reason.OK], return_counts=True)
+    return {Reason(code).text: count for code, count in zip(codes.tolist(), counts.tolist(), strict=True)}
