@@ -20,7 +20,9 @@ from untwin import apply, deduplicate
 from untwin.errors import OutputExistsError, OutputInUseError
 
 DRIVER = Path(__file__).with_name("killed_run.py")
-OPTIONS = ["--eps", "0.05", "--n-clusters", "12", "--on-repeated-id", "first", "--workers", "2", "--memory", "1GB"]
+OPTIONS = ["--eps", "0.05", "--n-clusters", "12", "--on-repeated-id", "first", "--workers", "2", "--memory", "512MB"]
+"""With so little memory nothing is held in it from one stage to the next."""
+HELD = ["--memory", "2GB"]
 CHAINS = [
     "sample",
     "fit",
@@ -134,16 +136,17 @@ def _kill_and_resume(source, out, undisturbed, seed, *options):
     operations = undisturbed[2]
     n_kills = 0
     for number in range(int(rng.integers(1, 4))):
+        held = HELD if rng.random() < 0.5 else []  # takes fewer operations
         if number == 0:
-            how = {"operation": int(rng.integers(1, operations - 50))}
+            how = {"operation": int(rng.integers(1, operations // 2 if held else operations - 50))}
         elif rng.random() < 0.5:
             how = {"operation": int(rng.integers(1, operations // 2))}
         else:
             how = {"seconds": float(rng.uniform(0, 0.5))}
-        done = start(source, out, *options, **how)
+        done = start(source, out, *options, *held, **how)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         n_kills += done.returncode != 0
-    finish(source, out, *options)
+    finish(source, out, *options, *(HELD if rng.random() < 0.5 else []))
     assert Answer(out) == undisturbed[1]
     assert n_kills
     return n_kills
@@ -189,7 +192,7 @@ def _kill_after_half_of_a_stage(source, tmp_path, undisturbed, chain, chains, *o
     assert n_units[chain] >= 4 or chain in ONE_UNIT
     assert start(source, out, *options, chain=chain, marker=half, log=str(log)).returncode == -signal.SIGKILL
     # other threads and memory may finish it
-    done = finish(source, out, *options, "--workers", "1", "--memory", "600MB", log=str(log))
+    done = finish(source, out, *options, "--workers", "1", "--memory", "400MB", log=str(log))
     begun = Counter(line.split()[0] for line in log.read_text().splitlines())
     assert sum(begun.values()) <= sum(n_units.values()) + 2
     for name in chains:
@@ -203,6 +206,35 @@ def _kill_after_half_of_a_stage(source, tmp_path, undisturbed, chain, chains, *o
             else:
                 assert reused[stage] == expected
     assert f"{sum(reused.values()):,}  units of an interrupted run" in done.stdout
+    assert Answer(out) == undisturbed[1]
+
+
+@pytest.mark.parametrize("then", [HELD, []], ids=["held", "files"])
+def test_shards_held_in_memory_are_made_again_and_nothing_else(source, tmp_path, undisturbed, then):
+    """What a kill takes with it is redone from the input; finished clusters and the stages before stay."""
+    out, gather = tmp_path / "out", "gather.pairwise.select-duplicates"
+    killed = start(source, out, *HELD, chain=gather, marker=3)
+    assert killed.returncode == -signal.SIGKILL
+    assert not list((out / "kmeans/_work").glob("shards/*"))
+    assert (out / "_done/repeated-ids.json").exists()
+    assert not (out / "_done/assign.json").exists()
+    finish(source, out, *then)
+    reused = {stage["name"]: stage["reused"] for stage in read_run(out)["stages"]}
+    assert reused["sample"]
+    assert reused["fit"]
+    assert not reused["assign"]
+    assert reused["gather"] >= 3
+    assert Answer(out) == undisturbed[1]
+
+
+def test_once_the_clusters_are_written_nothing_held_in_memory_is_missed(source, tmp_path, undisturbed):
+    out = tmp_path / "out"
+    assert start(source, out, *HELD, chain="remove", marker=1).returncode == -signal.SIGKILL
+    finish(source, out, *HELD)
+    reused = {stage["name"]: stage["reused"] for stage in read_run(out)["stages"]}
+    stages = {stage["name"]: stage for stage in read_run(undisturbed[0])["stages"]}
+    before = [name for name in stages if name != "remove"]
+    assert [reused[name] for name in before] == [stages[name]["units"] for name in before]
     assert Answer(out) == undisturbed[1]
 
 

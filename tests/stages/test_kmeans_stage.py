@@ -144,7 +144,7 @@ def test_scratch_files_lie_below_cache_path_and_nothing_else_there_is_touched(tm
     (cache / "mine/file").write_text("precious")
     run(source, tmp_path / "k", cache_path=str(cache))
     scratch = [path for path in written if not path.startswith(str(tmp_path / "k"))]
-    assert len(scratch) >= 3
+    assert len(scratch) >= 2
     assert all(path.startswith(str(cache)) for path in scratch)
     assert contents(cache) == {"mine/file": hashlib.sha256(b"precious").hexdigest()}
     assert [path.name for path in cache.iterdir()] == ["mine"]

@@ -6,16 +6,17 @@ import pytest
 
 from untwin.errors import DamagedFileError
 from untwin.storage.columns import matrix_of
-from untwin.storage.files import Storage
+from untwin.storage.files import Recording, Storage
+from untwin.storage.memory import Space, space
 from untwin.storage.sample import SampleBlocks, read_hashes, sample_batch, write_sample
-from untwin.storage.shards import read_batch, write_shard
+from untwin.storage.shards import leave_shard, make_shard, read_batch, read_group, write_shard
 
 STORAGE = Storage()
 
 
 def test_a_group_holds_the_rows_of_its_clusters_from_every_shard_in_order(tmp_path):
     rng = np.random.default_rng(0)
-    n_clusters, group_of = 7, np.array([0, 0, 1, 1, 1, 2, 3], np.int32)
+    group_of = np.array([0, 0, 1, 1, 1, 2, 3], np.int32)
     rows = []
     paths = []
     for number, n in enumerate((40, 1, 25)):
@@ -24,8 +25,7 @@ def test_a_group_holds_the_rows_of_its_clusters_from_every_shard_in_order(tmp_pa
         ids = [f"{number}-{at}" for at in range(n)]
         side = pa.table({"id": ids, "extra": pa.array([[at] for at in range(n)])})
         paths.append(str(tmp_path / f"{number}.arrow"))
-        counts = write_shard(STORAGE, paths[-1], side, vectors, labels, group_of, 4)
-        assert counts.tolist() == np.bincount(labels, minlength=n_clusters).tolist()
+        write_shard(STORAGE, paths[-1], make_shard(side, vectors, labels, group_of, 4))
         rows += [
             {"id": own, "extra": [at], "label": int(label), "vector": vector.tolist()}
             for at, (own, label, vector) in enumerate(zip(ids, labels, vectors, strict=True))
@@ -50,10 +50,50 @@ def test_a_shard_of_a_chunked_table_with_several_batches(tmp_path):
     side = pa.concat_tables([pa.table({"id": ["a", "b"]}), pa.table({"id": ["c"]})])
     vectors = np.arange(6, dtype=np.float32).reshape(3, 2)
     path = str(tmp_path / "x.arrow")
-    write_shard(STORAGE, path, side, vectors, np.array([1, 0, 1], np.int32), np.array([0, 0], np.int32), 1)
+    labels, group_of = np.array([1, 0, 1], np.int32), np.array([0, 0], np.int32)
+    write_shard(STORAGE, path, make_shard(side, vectors, labels, group_of, 1))
     batch = read_batch(STORAGE, path, 0)
     assert batch.column("id").to_pylist() == ["b", "a", "c"]
     np.testing.assert_array_equal(matrix_of(batch.column("_vector")), vectors[[1, 0, 2]])
+
+
+def test_a_shard_in_memory_reads_like_one_in_a_file_and_its_unit_says_so(tmp_path):
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 5, 60).astype(np.int32)
+    vectors = rng.normal(size=(60, 4)).astype(np.float32)
+    shard = make_shard(
+        pa.table({"id": [str(at) for at in range(60)]}), vectors, labels, np.array([0, 0, 1, 1, 2], np.int32), 3
+    )
+    paths = {name: str(tmp_path / "shards" / name) for name in ("held", "written")}
+    for name, limit in (("held", 1 << 20), ("written", shard.n_bytes - 1)):
+        recording, room = Recording(), Space(limit)
+        with recording.active(), room.active():
+            leave_shard(STORAGE, paths[name], shard)
+            groups = [read_group(STORAGE, paths[name], number) for number in range(3)]
+        assert recording.complete == (name == "written")
+        assert (tmp_path / "shards" / name).exists() == (name == "written")
+        assert sum(group.num_rows for group in groups) == 60
+        for number, group in enumerate(groups):
+            assert group.equals(shard.group(number))
+        with room.active():
+            STORAGE.remove(str(tmp_path / "shards"))
+        assert room.used == 0
+
+
+def test_a_space_never_holds_more_than_its_limit():
+    room = Space(100)
+    assert room.put("a/1", "x", 60)
+    assert not room.put("a/2", "y", 41)
+    assert room.get("a/2") is None
+    assert room.put("a/2", "y", 90, instead_of="a/1")
+    assert (room.get("a/1"), room.get("a/2"), room.used) == (None, "y", 90)
+    assert not room.put("a/2", "z", 101)  # and what was there is gone, too: it stands for other rows
+    assert room.get("a/2") is None
+    assert room.put("ab", "stays", 10)
+    assert room.put("a/b/c", "goes", 10)
+    room.drop("a")
+    assert (room.get("ab"), room.get("a/b/c"), room.used) == ("stays", None, 10)
+    assert not space().put("anything", "outside of a run", 1)
 
 
 def test_a_damaged_shard_is_named(tmp_path):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from untwin.core import normalize
+from untwin.core import blocks, normalize
 from untwin.errors import SchemaError
 from untwin.stages.clustering import Clustering
 from untwin.stages.tasks import InputTask
@@ -72,24 +72,26 @@ class JudgedUnit:
     def _read(self) -> Iterator[JudgedRows]:
         job, task = self._job, self._task
         size = job.batch_rows(self.dim)
-        capacity = max(1, min(task.n_rows, max(job.plan.unit_rows, size)))
-        spans = job.listing.spans(task.first_group, task.end_group, job.groups)
+        most = max(job.plan.unit_rows, size)
+        left = task.n_rows
+        vectors = np.empty((0, self.dim), np.float32)
         sides: list[pa.RecordBatch] = []
-        vectors, filled = self._room(capacity), 0
+        filled = 0
+        spans = job.listing.spans(task.first_group, task.end_group, job.groups)
         for batch in read_rows(job.source, job.listing.format, spans, job.fields.names, size):
-            for low in range(0, batch.columns.num_rows, size):
-                rows = RowBatch(batch.first_row + low, batch.columns.slice(low, size))
-                if filled + rows.columns.num_rows > capacity:
-                    yield JudgedRows(vectors[:filled], pa.Table.from_batches(sides, self._schema))
-                    vectors, sides, filled = self._room(capacity), [], 0
+            for some in blocks(batch.columns.num_rows, size):
+                rows = RowBatch(batch.first_row + some.start, batch.columns.slice(some.start, some.stop - some.start))
+                if filled + rows.columns.num_rows > len(vectors):
+                    if filled:
+                        yield JudgedRows(vectors[:filled], pa.Table.from_batches(sides, self._schema))
+                    vectors = np.empty((max(min(left, most), rows.columns.num_rows), self.dim), np.float32)
+                    sides, filled = [], 0
                 side = self._judge(rows, vectors[filled:])
                 sides.append(side)
                 filled += side.num_rows
+                left -= rows.columns.num_rows
         if filled:
             yield JudgedRows(vectors[:filled], pa.Table.from_batches(sides, self._schema))
-
-    def _room(self, capacity: int) -> NDArray[np.float32]:
-        return np.empty((capacity, self.dim), np.float32)
 
     def _judge(self, rows: RowBatch, out: NDArray[np.float32]) -> pa.RecordBatch:
         """Write the unit vectors of the rows that can be judged to `out`; returns what travels with them."""
