@@ -1,0 +1,122 @@
+"""Recall of rows of a run with default settings, against flat, fully iterated k-means on all rows.
+
+    python benchmarks/recall.py FOLDER
+    python benchmarks/recall.py --rows 1000000            # makes the data first; also with --tile
+
+Two clusterings with the same number of clusters: that of `untwin run`, as it chooses everything by itself, and that of
+`KMeansStage` with its own defaults: fitted on all rows, from k-means||, with up to 300 iterations. Both are judged on
+the same rows: of the sampled rows that have another row within eps anywhere, the share that have such a row in their
+own cluster. Sampled rows are compared with all rows, by NumPy in float32. If all rows are sampled the figures are
+exact; else "+-" is 1.96 standard errors of the difference, from the differences row by row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import generate
+import numpy as np
+import pyarrow.parquet as pq
+from baselines import read_vectors
+from end_to_end import work_folders
+from measure import REMOVED, UNTWIN, cores, environment, introduce, measure, print_table, save
+from threadpoolctl import threadpool_limits
+
+from untwin import KMeansStage, Pipeline
+
+_BLOCK = 1024
+_COLUMNS = 1 << 14
+
+
+def labels_in(kmeans: Path, n_rows: int) -> np.ndarray:
+    """The cluster of each row of the input, -1 for a rejected one."""
+    labels = np.full(n_rows, -1, np.int32)
+    for path in kmeans.glob("centroid=*/*.parquet"):
+        rows = pq.read_table(path, columns=["_row"], partitioning=None)["_row"].to_numpy()
+        labels[rows] = int(path.parent.name.removeprefix("centroid="))
+    return labels
+
+
+def most_similar(X: np.ndarray, sample: np.ndarray, least: np.float32, labelings: list[np.ndarray]) -> np.ndarray:
+    """For each labeling and each sampled row the similarity of the most similar other row with the same label.
+
+    X is (n, D) float32 of unit rows, a labeling (n,); returns (l, m) float32, -1 where no similarity reaches `least`.
+    """
+    best = np.full((len(labelings), len(sample)), -1, np.float32)
+
+    def compare(low: int) -> None:
+        rows = sample[low : low + _BLOCK]
+        for left in range(0, len(X), _COLUMNS):
+            products = X[rows] @ X[left : left + _COLUMNS].T
+            i, j = np.nonzero(products >= least)
+            other = rows[i] != left + j
+            i, j = i[other], j[other]
+            for labels, found in zip(labelings, best, strict=True):
+                same = labels[rows[i]] == labels[left + j]
+                np.maximum.at(found, low + i[same], products[i[same], j[same]])
+
+    with ThreadPoolExecutor(cores()) as pool, threadpool_limits(1, user_api="blas"):
+        list(pool.map(compare, range(0, len(sample), _BLOCK)))
+    return best
+
+
+def main() -> None:
+    """Cluster twice, compare, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="Parquet files (default: made with generate.py)")
+    generate.add_arguments(parser, 100_000)
+    parser.add_argument("--eps", type=float, nargs="+", default=[0.01, 0.05, 0.1], help="(%(default)s)")
+    parser.add_argument("--sample", type=int, default=100_000, help="rows to judge by (%(default)s)")
+    parser.add_argument("--n-clusters", default="auto", help="of both (default: as the run chooses)")
+    parser.add_argument("--workdir", type=Path, help="folder for data, kept (default: temporary, removed)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures here")
+    arguments = parser.parse_args()
+    if any(name in os.environ for name in REMOVED):
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment())
+    introduce()
+    with work_folders(arguments.workdir) as (workdir, outputs):
+        folder = arguments.folder or generate.prepare(workdir, "zstd", arguments)
+        chosen = ["--n-clusters", arguments.n_clusters, "--kept", "none", "--eps", "0.05", "--json"]
+        record = measure([*UNTWIN, "run", str(folder), str(outputs / "run"), *chosen]).report
+        n_clusters = record["clusters"]["n_clusters"]
+        pipeline = Pipeline(name="flat k-means on all rows")
+        flat = str(outputs / "flat")
+        pipeline.add_stage(KMeansStage(n_clusters, "id", "embedding", str(folder), flat, max_iter=300))
+        pipeline.run()
+        X = read_vectors(folder)
+        labelings = [labels_in(outputs / "run" / "kmeans", len(X)), labels_in(outputs / "flat", len(X))]
+    every = np.random.default_rng(0).permutation(np.flatnonzero((labelings[0] >= 0) & (labelings[1] >= 0)))
+    sample = every[: arguments.sample]
+    least = np.float32(1 - max(arguments.eps))
+    anywhere, *inside = most_similar(X, sample, least, [np.zeros(len(X), np.int32), *labelings])
+    results: dict[str, Any] = {"rows": len(X), "dim": X.shape[1], "n_clusters": n_clusters, "recall": []}
+    lines = []
+    for eps in arguments.eps:
+        near = anywhere >= np.float32(1 - eps)
+        found = np.stack(inside)[:, near] >= np.float32(1 - eps)
+        ours, flat_one = (float(100 * one.mean()) if len(one) else 100.0 for one in found)
+        differences = 100 * (found[0].astype(float) - found[1])
+        error = 0.0 if len(sample) == len(every) else float(1.96 * differences.std() / max(1, near.sum()) ** 0.5)
+        lines.append(
+            [
+                f"{eps:g}",
+                f"{near.sum():,}",
+                f"{ours:.2f} %",
+                f"{flat_one:.2f} %",
+                f"{ours - flat_one:+.2f} +- {error:.2f}",
+            ]
+        )
+        figures = {"eps": eps, "with_neighbour": int(near.sum()), "run": ours, "flat": flat_one, "error": error}
+        results["recall"].append(figures)
+    print(f"{len(X):,} rows x {X.shape[1]}, {n_clusters:,} clusters, {len(sample):,} rows sampled")
+    print_table(["eps", "with neighbour", "untwin run", "flat k-means", "points"], lines)
+    save(arguments.json, vars(arguments), results)
+
+
+if __name__ == "__main__":
+    main()
