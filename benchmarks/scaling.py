@@ -42,8 +42,8 @@ def draw(saved: dict[str, Any], path: Path) -> None:
         panel.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
         panel.grid(which="both", alpha=0.3)
     panels[0].legend()
-    about, dim = saved["machine"], saved["parameters"]["dim"]
-    figure.suptitle(f"{saved['parameters']['layout']}, dimension {dim}, on {about['cores']} cores ({about['cpu']})")
+    given, about = saved["parameters"], saved["machine"]
+    figure.suptitle(f"{given['layout']}, dimension {given['dim']}, eps {given['eps']}, {about['cores']} cores")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
     print(f"wrote {path}, {show_bytes(path.stat().st_size)}")
@@ -84,6 +84,8 @@ def main() -> None:
             results += [{"rows": rows, "name": name, **summary(measured)} for name, measured in runs.items()]
             if arguments.workdir is None:
                 shutil.rmtree(source)
+            # after each size, because the larger ones take long
+            saved = save(arguments.json, vars(arguments), results)
     lines = [
         [f"{one['rows']:,} {one['name']}", f"{one['seconds']:.2f}", show_bytes(one["peak_bytes"])] for one in results
     ]
