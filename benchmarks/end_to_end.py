@@ -23,9 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 import baselines
 import generate
-import pyarrow.parquet as pq
 from measure import UNTWIN, CommandError, Measured, introduce, measure, print_table, save, show_bytes
 
 Runs = dict[str, list[Measured]]

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+
 from measure import UNTWIN, environment, introduce
 
 _BLOCK = 1024

@@ -19,14 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import generate
 import numpy as np
 import pyarrow.parquet as pq
+from threadpoolctl import threadpool_limits
+
+import generate
 from baselines import read_vectors
 from end_to_end import work_folders
 from measure import REMOVED, UNTWIN, cores, environment, introduce, measure, print_table, save
-from threadpoolctl import threadpool_limits
-
 from untwin import KMeansStage, Pipeline
 
 _BLOCK = 1024

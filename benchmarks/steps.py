@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-from measure import REMOVED, cores, environment, introduce, print_table, save
 from threadpoolctl import threadpool_limits
 
+from measure import REMOVED, cores, environment, introduce, print_table, save
 from untwin.core import NearestCentroid, RankedArray, match_ranked
 from untwin.stages.ranking import RankingStrategy
 from untwin.storage.columns import matrix_of
@@ -57,8 +56,6 @@ def main() -> None:
     if any(name in os.environ for name in REMOVED):
         os.execve(sys.executable, [sys.executable, *sys.argv], environment())
     introduce()
-    # as a run does: what was freed goes back to the system
-    pa.set_memory_pool(pa.system_memory_pool())
     kmeans, workers = arguments.output / "kmeans", arguments.workers
     clusters = [read_cluster(path) for path in sorted(kmeans.glob("centroid=*/*.parquet"))]
     clusters.sort(key=lambda cluster: len(cluster[0]), reverse=True)
