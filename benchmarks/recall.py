@@ -4,16 +4,18 @@
     python benchmarks/recall.py --rows 1000000            # makes the data first; also with --tile
 
 Two clusterings with the same number of clusters: that of `untwin run`, as it chooses everything by itself, and that of
-`KMeansStage` with its own defaults: fitted on all rows, from k-means||, with up to 300 iterations. Both are judged on
-the same rows: of the sampled rows that have another row within eps anywhere, the share that have such a row in their
-own cluster. Sampled rows are compared with all rows, by NumPy in float32. If all rows are sampled the figures are
-exact; else "+-" is 1.96 standard errors of the difference, from the differences row by row.
+`KMeansStage` with its own defaults: fitted on all rows, from k-means||, until it settles or for 300 iterations. Both
+are made with each of --seeds seeds, because one k-means differs from the next, and are judged on the same rows: of the
+sampled rows that have another row within eps anywhere, the share that have such a row in their own cluster. Sampled
+rows are compared with all rows, by NumPy in float32. If all rows are sampled the figures are exact for these seeds;
+else "+-" is 1.96 standard errors of the difference, from the differences row by row.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,6 +74,7 @@ def main() -> None:
     generate.add_arguments(parser, 100_000)
     parser.add_argument("--eps", type=float, nargs="+", default=[0.01, 0.05, 0.1], help="(%(default)s)")
     parser.add_argument("--sample", type=int, default=100_000, help="rows to judge by (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="k-means of each kind (%(default)s)")
     parser.add_argument("--n-clusters", default="auto", help="of both (default: as the run chooses)")
     parser.add_argument("--workdir", type=Path, help="folder for data, kept (default: temporary, removed)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures here")
@@ -81,37 +84,37 @@ def main() -> None:
     introduce()
     with work_folders(arguments.workdir) as (workdir, outputs):
         folder = arguments.folder or generate.prepare(workdir, "zstd", arguments)
-        chosen = ["--n-clusters", arguments.n_clusters, "--kept", "none", "--eps", "0.05", "--json"]
-        record = measure([*UNTWIN, "run", str(folder), str(outputs / "run"), *chosen]).report
-        n_clusters = record["clusters"]["n_clusters"]
-        pipeline = Pipeline(name="flat k-means on all rows")
-        flat = str(outputs / "flat")
-        pipeline.add_stage(KMeansStage(n_clusters, "id", "embedding", str(folder), flat, max_iter=300))
-        pipeline.run()
         X = read_vectors(folder)
-        labelings = [labels_in(outputs / "run" / "kmeans", len(X)), labels_in(outputs / "flat", len(X))]
-    every = np.random.default_rng(0).permutation(np.flatnonzero((labelings[0] >= 0) & (labelings[1] >= 0)))
+        ours, flat = [], []
+        for seed in range(arguments.seeds):
+            run, fitted = outputs / f"run-{seed}", outputs / f"flat-{seed}"
+            options = ["--n-clusters", arguments.n_clusters, "--seed", str(seed), "--eps", "0.05", "--kept", "none"]
+            record = measure([*UNTWIN, "run", str(folder), str(run), *options, "--json"]).report
+            n_clusters = record["clusters"]["n_clusters"]
+            pipeline = Pipeline(name="flat k-means on all rows")
+            source, target = str(folder), str(fitted)
+            pipeline.add_stage(KMeansStage(n_clusters, "id", "embedding", source, target, random_state=seed))
+            pipeline.run()
+            ours.append(labels_in(run / "kmeans", len(X)))
+            flat.append(labels_in(fitted, len(X)))
+            shutil.rmtree(run)
+            shutil.rmtree(fitted)
+    every = np.random.default_rng(0).permutation(np.flatnonzero(np.min([*ours, *flat], axis=0) >= 0))
     sample = every[: arguments.sample]
     least = np.float32(1 - max(arguments.eps))
-    anywhere, *inside = most_similar(X, sample, least, [np.zeros(len(X), np.int32), *labelings])
+    anywhere, *inside = most_similar(X, sample, least, [np.zeros(len(X), np.int32), *ours, *flat])
     results: dict[str, Any] = {"rows": len(X), "dim": X.shape[1], "n_clusters": n_clusters, "recall": []}
     lines = []
     for eps in arguments.eps:
-        near = anywhere >= np.float32(1 - eps)
-        found = np.stack(inside)[:, near] >= np.float32(1 - eps)
-        ours, flat_one = (float(100 * one.mean()) if len(one) else 100.0 for one in found)
-        differences = 100 * (found[0].astype(float) - found[1])
-        error = 0.0 if len(sample) == len(every) else float(1.96 * differences.std() / max(1, near.sum()) ** 0.5)
-        lines.append(
-            [
-                f"{eps:g}",
-                f"{near.sum():,}",
-                f"{ours:.2f} %",
-                f"{flat_one:.2f} %",
-                f"{ours - flat_one:+.2f} +- {error:.2f}",
-            ]
-        )
-        figures = {"eps": eps, "with_neighbour": int(near.sum()), "run": ours, "flat": flat_one, "error": error}
+        limit = np.float32(1 - eps)
+        near = anywhere >= limit
+        # of each row with a neighbour, the share of the seeds with which it was found, by either way
+        found = (np.stack(inside)[:, near] >= limit).reshape(2, arguments.seeds, -1).mean(axis=1)
+        by_run, by_flat = (float(100 * share.mean()) for share in found)
+        error = float(196 * (found[0] - found[1]).std() / near.sum() ** 0.5) if len(sample) < len(every) else 0.0
+        difference = f"{by_run - by_flat:+.2f} +- {error:.2f}"
+        lines.append([f"{eps:g}", f"{near.sum():,}", f"{by_run:.2f} %", f"{by_flat:.2f} %", difference])
+        figures = {"eps": eps, "with_neighbour": int(near.sum()), "run": by_run, "flat": by_flat, "error": error}
         results["recall"].append(figures)
     print(f"{len(X):,} rows x {X.shape[1]}, {n_clusters:,} clusters, {len(sample):,} rows sampled")
     print_table(["eps", "with neighbour", "untwin run", "flat k-means", "points"], lines)
