@@ -81,7 +81,7 @@ def available(names: list[str]) -> list[str]:
     """The baselines that can run; the others are said to be left out."""
     for name in names:
         if lacking := baselines.missing(name):
-            print(f"{name} is left out: {lacking} is not installed (pip install '.[bench]')")
+            print(f"{name} is left out; not installed: {lacking} (pip install '.[bench]')")
     return [name for name in names if not baselines.missing(name)]
 
 
