@@ -1,18 +1,22 @@
-# Needs Python 3.11 or newer, make and pip. Everything is installed into .venv/.
+# Needs Python 3.11 or newer, make and pip. Everything is installed into .venv/, but what benchmarks compare with into
+# .venv-bench/, so that tests never see it.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
+BENCH := .venv-bench
+# What is installed before the `bench` extra; a CPU build of PyTorch, where pip would fetch one for GPUs (several GB).
+TORCH ?=
 
-.PHONY: venv demo test test-all format clean
+.PHONY: venv demo test test-all regression format clean
 
 venv: $(DEV)
 
-$(BIN)/python:
+%/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 
 # The stamps are as old as the last installation, so that only a change of pyproject.toml installs again.
 $(CORE): pyproject.toml | $(BIN)/python
@@ -22,6 +26,11 @@ $(CORE): pyproject.toml | $(BIN)/python
 $(DEV): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $(CORE) $(DEV)
+
+$(BENCH)/.installed: pyproject.toml | $(BENCH)/bin/python
+	$(if $(TORCH),$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)")
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
+	touch $(BENCH)/.installed
 
 demo: $(CORE)
 	$(BIN)/python examples/demo.py
@@ -40,10 +49,14 @@ test-all: $(DEV)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
+# A report: no time makes it fail.
+regression: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/regression.py
+
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) dist build demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) dist build demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

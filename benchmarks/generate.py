@@ -21,6 +21,11 @@ Layouts:
   float16   --files large files, float16 fixed_size_list, zstd
   upstream  as the pandas writers of NeMo Curator and Cosmos Curate do: a file of 26 rows per piece of work,
             list<double>, snappy, dictionary encoding, large_string ids, pandas metadata, <uuid>.parquet
+
+With --tile the rows are those of other Parquet files (columns `id` and `embedding`), again and again until there are
+--rows of them: first as they are, then as "ID~1", "ID~2" and so on, each row with noise of its own, so that its cosine
+similarity to the original lies anywhere between 0.7 and 1. --tile without a PATH takes debian-packages: the folder that
+the environment variable UNTWIN_DEBIAN_PACKAGES names, else the sample in the repository.
 """
 
 from __future__ import annotations
@@ -29,6 +34,8 @@ import argparse
 import itertools
 import json
 import math
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +45,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
 import pyarrow.parquet as pq
 
 LAYOUTS = ("plain", "zstd", "float16", "upstream")
@@ -62,6 +71,9 @@ _FARTHEST, _NEAREST = 0.3, 1e-5  # 1 - cosine of planted copies that are not ide
 # One number for each independent stream of hashes.
 _SHUFFLE, _ID, _NAME, _DURATION, _TOPIC, _CENTRE, _TIGHTNESS, _MEAN, _ROTATION, _SIZE = range(10)
 _BASE, _COPY, _WIDTH, _KIND, _CHAINED, _HAS_IDENTICAL = range(10, 16)
+_TILE_NOISE, _TILE_WIDTH = range(16, 18)
+
+_SAMPLE = Path(__file__).parents[1] / "examples" / "data" / "debian-packages-sample.parquet"
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -258,12 +270,11 @@ class Rows:
         alone = np.flatnonzero(with_identical & grouped)
         if len(alone):
             vectors[alone] = np.matmul(latent[alone][:, None, :], self._rotation)[:, 0, :]
-        duration = 2.0 - 8.0 * np.log1p(-_uniform(_DURATION, self.seed, row))
         return Block(
             start=start,
             ids=_uuids(_ID, self.seed, row),
             vectors=vectors,
-            duration=np.minimum(duration, 60.0).astype(np.float32),
+            duration=_durations(self.seed, row),
             group=np.where(grouped, group, -1),
             similarity=np.where(grouped, similarity, np.nan),
         )
@@ -282,14 +293,61 @@ class Rows:
         original = latent[where[changed]]
         noise = _noise(_COPY, self.seed, key[changed], self.dim)
         noise *= self._spectrum
-        noise -= np.einsum("ij,ij->i", noise, original)[:, None] * original
-        noise = _unit(noise)
-        c = cosine[changed]
-        original *= c.astype(np.float32)[:, None]
-        noise *= np.sqrt((1 - c) * (1 + c)).astype(np.float32)[:, None]
-        original += noise
-        latent[where[changed]] = original
+        latent[where[changed]] = _turned(original, noise, cosine[changed])
         return cosine
+
+
+class Tiles:
+    """The rows of other files again and again, with noise: a pure function of (rows, files, seed).
+
+    Memory holds the vectors of the files, and a block.
+    """
+
+    def __init__(self, rows: int, path: Path, seed: int = 0) -> None:
+        """Read the files: one, or all `*.parquet` of a folder."""
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        table = pyarrow.dataset.dataset(list(map(str, files)), format="parquet").to_table(["id", "embedding"])
+        self._ids = table["id"].cast(pa.string()).combine_chunks()
+        values = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        self._X = _unit(values.reshape(len(table), -1).astype(np.float32))
+        self.rows, self.dim, self.seed = rows, self._X.shape[1], seed
+        self.planted_groups = max(0, min(len(table), rows - len(table)))
+
+    def blocks(self) -> Iterator[Block]:
+        """All rows in order, in blocks of equal size but the last; `group` is the place of the original."""
+        for start in range(0, self.rows, _BLOCK):
+            row = np.arange(start, min(start + _BLOCK, self.rows))
+            tile, original = np.divmod(row, len(self._X))
+            copies = np.flatnonzero(tile)
+            cosine = 1 - _FARTHEST * np.where(tile == 0, 0.0, _uniform(_TILE_WIDTH, self.seed, row))
+            vectors = self._X[original]
+            noise = _noise(_TILE_NOISE, self.seed, row[copies], self.dim)
+            vectors[copies] = _turned(vectors[copies], noise, cosine[copies])
+            ids = self._ids.take(pa.array(original))
+            numbered = pc.binary_join_element_wise(ids, pa.array(tile).cast(pa.string()), "~")
+            yield Block(
+                start=start,
+                ids=pc.if_else(pa.array(tile == 0), ids, numbered),
+                vectors=vectors,
+                duration=_durations(self.seed, row),
+                group=np.where(original < self.planted_groups, original, -1),
+                similarity=cosine,
+            )
+
+
+def _durations(seed: int, row: np.ndarray) -> np.ndarray:
+    """Float32 seconds, at least 2 and at most 60."""
+    return np.minimum(2.0 - 8.0 * np.log1p(-_uniform(_DURATION, seed, row)), 60.0).astype(np.float32)
+
+
+def _turned(X: np.ndarray, noise: np.ndarray, cosine: np.ndarray) -> np.ndarray:
+    """Turn unit rows X towards the noise, to the given cosine similarity with themselves; both are overwritten."""
+    noise -= np.einsum("ij,ij->i", noise, X)[:, None] * X
+    noise = _unit(noise)
+    X *= cosine.astype(np.float32)[:, None]
+    noise *= np.sqrt((1 - cosine) * (1 + cosine)).astype(np.float32)[:, None]
+    X += noise
+    return X
 
 
 def _unit(X: np.ndarray) -> np.ndarray:
@@ -335,7 +393,7 @@ def _cut(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Table]
         yield taken[0] if len(taken) == 1 else pa.concat_tables(taken)
 
 
-def _write_large(folder: Path, rows: Rows, layout: str, files: int, see: Callable[[Block], None]) -> int:
+def _write_large(folder: Path, rows: Rows | Tiles, layout: str, files: int, see: Callable[[Block], None]) -> int:
     def tables() -> Iterator[pa.Table]:
         for block in rows.blocks():
             see(block)
@@ -392,7 +450,7 @@ def _pandas_metadata(rows: int) -> dict[bytes, bytes]:
     return {b"pandas": json.dumps(described).encode()}
 
 
-def _write_upstream(folder: Path, rows: Rows, see: Callable[[Block], None]) -> int:
+def _write_upstream(folder: Path, rows: Rows | Tiles, see: Callable[[Block], None]) -> int:
     def tables() -> Iterator[pa.Table]:
         for block in rows.blocks():
             see(block)
@@ -444,61 +502,76 @@ class _Truth:
             self._writer.close()
 
 
-def write(
-    out: Path,
-    rows: int,
-    dim: int,
-    layout: str,
-    *,
-    seed: int = 0,
-    files: int = 10,
-    planted: float = 0.3,
-    truth: Path | None = None,
-) -> tuple[int, Rows]:
-    """Write a data set into the folder `out`, which must be empty or absent.
+def write(out: Path, made: Rows | Tiles, layout: str, *, files: int = 10, truth: Path | None = None) -> int:
+    """Write a data set into the folder `out`, which must be empty or absent; return the number of files.
 
-    Return the number of files written and the rows. `files` is the number of files of the large layouts;
-    `upstream` ignores it. `planted` is the share of rows made from another row. `truth` names a Parquet file
-    for the planted groups (columns id, group, similarity; rows outside of groups are left out).
+    `files` is the number of files of the large layouts; `upstream` ignores it. `truth` names a Parquet file for the
+    planted groups (columns id, group, similarity; rows outside of groups are left out).
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty")
-    made = Rows(rows, dim, seed, planted)
     out.mkdir(parents=True, exist_ok=True)
     ground = _Truth(truth)
     if layout == "upstream":
         written = _write_upstream(out, made, ground.see)
     else:
-        written = _write_large(out, made, layout, max(1, min(files, rows)), ground.see)
+        written = _write_large(out, made, layout, max(1, min(files, made.rows)), ground.see)
     ground.close()
-    return written, made
+    return written
+
+
+def prepare(workdir: Path, layout: str, arguments: argparse.Namespace) -> Path:
+    """The folder of the data set of `add_arguments`, which is made in `workdir` unless it is there."""
+    rows, seed, files = arguments.rows, arguments.seed, arguments.files
+    what = f"{arguments.dim}" if arguments.tile is None else f"{arguments.tile.stem}"
+    name = f"{layout}-{rows}x{what}-seed{seed}-v{VERSION}"
+    folder = workdir / (name if layout == "upstream" else f"{name}-{files}files")
+    if not folder.exists():
+        # Renamed when complete, so that an interrupted run leaves nothing that looks like a data set.
+        partial = folder.with_name(folder.name + ".partial")
+        if partial.exists():
+            shutil.rmtree(partial)
+        started = time.perf_counter()
+        write(partial, make(arguments), layout, files=files)
+        partial.rename(folder)
+        print(f"made {folder} in {time.perf_counter() - started:.1f} s", flush=True)
+    return folder
+
+
+def make(arguments: argparse.Namespace, planted: float = 0.3) -> Rows | Tiles:
+    """The rows that the arguments of `add_arguments` ask for."""
+    if arguments.tile is not None:
+        return Tiles(arguments.rows, arguments.tile, arguments.seed)
+    return Rows(arguments.rows, arguments.dim, arguments.seed, planted)
+
+
+def add_arguments(parser: argparse.ArgumentParser, rows: int | list[int]) -> None:
+    """What describes a data set, with its default number of rows; a list where several are taken."""
+    packages = Path(os.environ.get("UNTWIN_DEBIAN_PACKAGES") or _SAMPLE)
+    several = "+" if isinstance(rows, list) else None
+    parser.add_argument("--rows", type=int, nargs=several, default=rows, help="number of rows (%(default)s)")
+    parser.add_argument("--dim", type=int, default=384, help="dimension (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed, 0 or more (%(default)s)")
+    parser.add_argument("--files", type=int, default=10, help="files, all layouts but upstream (%(default)s)")
+    parser.add_argument(
+        "--tile", type=Path, nargs="?", const=packages, metavar="PATH", help="tile these rows up (default PATH: above)"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write to; must be empty or absent")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="number of rows (%(default)s)")
-    parser.add_argument("--dim", type=int, default=384, help="dimension (%(default)s)")
     parser.add_argument("--layout", choices=LAYOUTS, default="zstd", help="how files look (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed, 0 or more (%(default)s)")
-    parser.add_argument("--files", type=int, default=10, help="files, all layouts but upstream (%(default)s)")
+    add_arguments(parser, 1_000_000)
     parser.add_argument("--share", type=float, default=0.3, help="share of planted copies (%(default)s)")
     parser.add_argument("--planted", type=Path, metavar="FILE", help="also write id and group of planted rows")
     arguments = parser.parse_args()
     started, cpu = time.perf_counter(), time.process_time()
     try:
-        files, rows = write(
-            arguments.out,
-            arguments.rows,
-            arguments.dim,
-            arguments.layout,
-            seed=arguments.seed,
-            files=arguments.files,
-            planted=arguments.share,
-            truth=arguments.planted,
-        )
+        rows = make(arguments, arguments.share)
+        files = write(arguments.out, rows, arguments.layout, files=arguments.files, truth=arguments.planted)
     except (ValueError, OSError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 2

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-# Some machines set these to tune a BLAS for their processor. A user's machine has neither.
-_REMOVED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+from measure import UNTWIN, environment, introduce
+
 _BLOCK = 1024
 
 
@@ -82,10 +80,9 @@ def recall(n: int, i: np.ndarray, j: np.ndarray, compared: np.ndarray) -> float:
 def run(folder: str, out: Path, eps: float, n_clusters: int, probes: str) -> dict[str, Any]:
     """Run untwin in a process of its own; what `run.json` says."""
     shutil.rmtree(out, ignore_errors=True)
-    environment = {name: value for name, value in os.environ.items() if name not in _REMOVED}
-    command = [sys.executable, "-m", "untwin", "run", folder, str(out), "--kept", "none", "--json"]
+    command = [*UNTWIN, "run", folder, str(out), "--kept", "none", "--json"]
     command += ["--eps", str(eps), "--n-clusters", str(n_clusters), "--probes", probes]
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     record: dict[str, Any] = json.loads((out / "run.json").read_text())
     return record
 
@@ -101,9 +98,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.probes[0] != "1":
         parser.error("--probes has to begin with 1, which the others are compared with")
-    for name in _REMOVED:
-        if os.environ.get(name):
-            print(f"without {name}={os.environ[name]}")
+    introduce()
     files = sorted(Path(given.folder).glob("**/*.parquet"))
     table = pa.concat_tables([pq.read_table(path, columns=["id", "embedding"], partitioning=None) for path in files])
     ids, X = table["id"].combine_chunks(), unit_rows(table)
