@@ -22,9 +22,6 @@ from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.storage.files import DISK_FULL, Recording
 
 _DEFAULT_MEMORY = 4 << 30
-_TIGHT_MEMORY = 1 << 30
-_M_MMAP_THRESHOLD = -3
-"""Of glibc's `mallopt`."""
 _log = logging.getLogger("untwin")
 
 
@@ -69,13 +66,11 @@ class LocalExecutor(Executor):
     ) -> Outcome:
         """Run all stages over all units, honouring barriers. An interrupt does not wait for the units in flight."""
         shown = progress or NoProgress()
-        if self.memory < _TIGHT_MEMORY:
-            _map_large_blocks()
         upstream = Upstream()
         results: dict[str, tuple[Task, ...]] = {}
         reports: list[StageReport] = []
         stopped = threading.Event()
-        with _system_allocator(), threadpool_limits(1, user_api="blas"), _threads(self.workers, stopped) as pool:
+        with _steady_allocator(), threadpool_limits(1, user_api="blas"), _threads(self.workers, stopped) as pool:
             for chain in segments(stages):
                 started = time.perf_counter()
                 run = _Chain(chain, ledger, stopped)
@@ -260,22 +255,16 @@ def _memory_trimmer() -> Callable[[], None]:
     return give_back
 
 
-def _map_large_blocks() -> None:
-    """Have glibc map large blocks one by one, so that each goes back to the system when it is freed.
-
-    By itself it raises the size from which it does so, up to 32 MB, and holes in its heaps then add up to several
-    times the budget. It costs page faults, so it is for small budgets only.
-    """
-    if sys.platform.startswith("linux"):
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
 @contextmanager
-def _system_allocator() -> Iterator[None]:
-    """Let Arrow take its memory from the C library: its own allocators keep what other threads have freed."""
+def _steady_allocator() -> Iterator[None]:
+    """Let Arrow take its memory from jemalloc, where it is built with it.
+
+    It gives back what was not used for a second. The C library gives large blocks back at once, to fetch them again for
+    the next batch, which costs a page fault for each page; mimalloc, Arrow's own choice, holds on to more.
+    """
     before = pa.default_memory_pool()
-    pa.set_memory_pool(pa.system_memory_pool())
+    with suppress(NotImplementedError):
+        pa.set_memory_pool(pa.jemalloc_memory_pool())
     try:
         yield
     finally:
