@@ -2,6 +2,8 @@
 
 import errno
 import logging
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -316,3 +318,30 @@ def test_arrow_keeps_its_allocator_where_it_is_built_without_jemalloc(monkeypatc
     stage = Recorded([], "a", pieces(1), action=lambda *_: seen.append(pa.default_memory_pool().backend_name))
     LocalExecutor(1, 64 * MB).execute([stage])
     assert seen == [before]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="this is about glibc")
+@pytest.mark.parametrize(("megabytes", "is_mapped"), [(256, True), (900, False)])
+def test_below_a_budget_of_half_a_gigabyte_large_blocks_go_back_to_the_system_one_by_one(megabytes, is_mapped):
+    """By itself glibc takes further blocks from its heaps once a block so large was freed, and holes stay there."""
+    code = f"""
+import ctypes
+from untwin.backends.local import LocalExecutor
+LocalExecutor(1, {megabytes} << 20).execute([])
+libc = ctypes.CDLL(None)
+if not hasattr(libc, "mallinfo2"):
+    raise SystemExit(77)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+class Info(ctypes.Structure):
+    _fields_ = [(f"n{{i}}", ctypes.c_size_t) for i in range(10)]  # the fifth is bytes in blocks of their own
+libc.mallinfo2.restype = Info
+libc.free(libc.malloc(30 << 20))
+before = libc.mallinfo2().n4
+libc.malloc(20 << 20)
+print(libc.mallinfo2().n4 - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("a C library without mallinfo2")
+    assert (int(done.stdout) >= 20 << 20) == is_mapped, done.stderr

@@ -22,6 +22,9 @@ from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.storage.files import DISK_FULL, Recording
 
 _DEFAULT_MEMORY = 4 << 30
+_TIGHT_MEMORY = 512 << 20
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's `mallopt`."""
 _log = logging.getLogger("untwin")
 
 
@@ -66,6 +69,8 @@ class LocalExecutor(Executor):
     ) -> Outcome:
         """Run all stages over all units, honouring barriers. An interrupt does not wait for the units in flight."""
         shown = progress or NoProgress()
+        if self.memory < _TIGHT_MEMORY:
+            _map_large_blocks()
         upstream = Upstream()
         results: dict[str, tuple[Task, ...]] = {}
         reports: list[StageReport] = []
@@ -253,6 +258,17 @@ def _memory_trimmer() -> Callable[[], None]:
             trim(0)
 
     return give_back
+
+
+def _map_large_blocks() -> None:
+    """Have glibc map large blocks one by one, so that each goes back to the system when it is freed.
+
+    By itself it raises the size from which it does so, up to 32 MB, and the holes that arrays leave in its heaps
+    then count beside a small budget. It costs page faults, so larger budgets do without.
+    """
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 @contextmanager
