@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pytest
 from threadpoolctl import threadpool_info
 
@@ -298,9 +299,30 @@ def test_a_full_disk_met_by_a_scratch_file_is_told():
         LocalExecutor(1, 64 * MB).execute([Recorded([], "a", pieces(3), action=fail)])
 
 
+def test_arrow_takes_its_memory_from_jemalloc_during_a_run_only():
+    before = pa.default_memory_pool().backend_name
+    seen = []
+    stage = Recorded([], "a", pieces(1), action=lambda *_: seen.append(pa.default_memory_pool().backend_name))
+    LocalExecutor(1, 64 * MB).execute([stage])
+    assert seen == ["jemalloc" if "jemalloc" in pa.supported_memory_backends() else before]
+    assert pa.default_memory_pool().backend_name == before
+
+
+def test_arrow_keeps_its_allocator_where_it_is_built_without_jemalloc(monkeypatch):
+    def missing():
+        raise NotImplementedError
+
+    monkeypatch.setattr(pa, "jemalloc_memory_pool", missing)
+    before = pa.default_memory_pool().backend_name
+    seen = []
+    stage = Recorded([], "a", pieces(1), action=lambda *_: seen.append(pa.default_memory_pool().backend_name))
+    LocalExecutor(1, 64 * MB).execute([stage])
+    assert seen == [before]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="this is about glibc")
-@pytest.mark.parametrize(("megabytes", "is_mapped"), [(256, True), (2048, False)])
-def test_below_a_budget_of_one_gigabyte_large_blocks_go_back_to_the_system_one_by_one(megabytes, is_mapped):
+@pytest.mark.parametrize(("megabytes", "is_mapped"), [(256, True), (900, False)])
+def test_below_a_budget_of_half_a_gigabyte_large_blocks_go_back_to_the_system_one_by_one(megabytes, is_mapped):
     """By itself glibc takes further blocks from its heaps once a block so large was freed, and holes stay there."""
     code = f"""
 import ctypes

@@ -10,6 +10,7 @@ from oracle import ranked_rows
 from untwin.backends.local import LocalExecutor
 from untwin.errors import InputNotFoundError, OutputExistsError, ParameterError, SchemaError
 from untwin.pipeline import Pipeline
+from untwin.stages import removal
 from untwin.stages.duplicates import IdentifyDuplicatesStage
 from untwin.stages.kmeans import KMeansStage
 from untwin.stages.pairwise import PairwiseStage
@@ -18,6 +19,7 @@ from untwin.storage.files import Storage
 from untwin.storage.kept import NpyKept, ParquetKept
 
 DIM, EPS = 10, 0.03
+CONCAT_BATCHES = pa.concat_batches
 
 
 def write_input(folder, n=300, files=4, id_type=None):
@@ -209,6 +211,48 @@ def test_removal_by_id_is_the_difference_of_sets_whatever_the_string_type(tmp_pa
     assert kept["text"].to_pylist() == [f"row {ids.index(own)}" for own in want]
     for path in files:
         assert pq.read_schema(path).equals(table.schema)
+
+
+@pytest.mark.parametrize(("run_bytes", "copies_runs"), [(0, True), (1 << 40, False)])
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_values_of_every_type_stay_as_they_are_whether_runs_are_copied_or_values_selected(
+    tmp_path, monkeypatch, run_bytes, copies_runs, share
+):
+    monkeypatch.setattr(removal, "_RUN_BYTES", run_bytes)
+    joined = []
+    monkeypatch.setattr(pa, "concat_batches", lambda parts: joined.append(len(parts)) or CONCAT_BATCHES(parts))
+    rng = np.random.default_rng(5)
+    n = 200
+
+    def column(make, kind):
+        return pa.array([None if at % 7 == 3 else make(at) for at in range(n)], kind)
+
+    table = pa.table(
+        {
+            "id": pa.array([f"{at}" for at in range(n)]),
+            "view": column(lambda at: "v" * (at % 40), pa.string_view()),
+            "word": column(lambda at: f"w{at % 3}", pa.string()).dictionary_encode(),
+            "list": column(lambda at: [None, *range(at % 5)][at % 2 :], pa.list_(pa.float32())),
+            "large": column(lambda at: ["x" * at], pa.large_list(pa.large_string())),
+            "fixed": pa.array([[at, -at] for at in range(n)], pa.list_(pa.float64(), 2)),
+            "struct": column(lambda at: {"a": at, "b": [{"c": "d" * (at % 3)}]}, None),
+            "map": column(lambda at: [(f"k{at}", at)], pa.map_(pa.string(), pa.int16())),
+            "bit": column(lambda at: at % 3 == 0, pa.bool_()),
+            "time": column(lambda at: at, pa.timestamp("us", "UTC")),
+            "number": column(lambda at: at, pa.decimal128(9, 2)),
+        }
+    )
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in/a.parquet", row_group_size=64)
+    keep = rng.random(n) < share
+    listed = [str(at) for at in np.flatnonzero(~keep)]
+    assert np.count_nonzero(np.diff(keep)) > 2, "one run"
+    pq.write_table(pa.table({"id": listed}), tmp_path / "d.parquet")
+    remove(tmp_path, tmp_path / "d.parquet")
+    kept = pq.read_table(tmp_path / "kept", partitioning=None)
+    assert kept.schema.equals(pq.read_schema(tmp_path / "in/a.parquet"))
+    assert kept.to_pylist() == [row for row, stays in zip(table.to_pylist(), keep, strict=True) if stays]
+    assert (max(joined) > 4) == copies_runs, "the four row groups are joined in any case"
 
 
 @pytest.mark.parametrize(

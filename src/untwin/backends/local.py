@@ -23,8 +23,7 @@ from untwin.storage.files import DISK_FULL, Recording, WrittenFile
 from untwin.storage.memory import Space
 
 _DEFAULT_MEMORY = 4 << 30
-_TIGHT_MEMORY = 1 << 30
-_MEMORY_WITHOUT_SPACE = 512 << 20
+_TIGHT_MEMORY = 512 << 20
 _M_MMAP_THRESHOLD = -3
 """Of glibc's `mallopt`."""
 _log = logging.getLogger("untwin")
@@ -77,11 +76,11 @@ class LocalExecutor(Executor):
         results: dict[str, tuple[Task, ...]] = {}
         reports: list[StageReport] = []
         stopped = threading.Event()
-        space = Space(max(0, self.memory - _MEMORY_WITHOUT_SPACE) // 2)
+        space = Space(max(0, self.memory - _TIGHT_MEMORY) // 2)
         waiting: list[_Chain] = []
         with (
             space.active(),
-            _system_allocator(),
+            _steady_allocator(),
             threadpool_limits(1, user_api="blas"),
             _threads(self.workers, stopped) as pool,
         ):
@@ -298,8 +297,8 @@ def _memory_trimmer() -> Callable[[], None]:
 def _map_large_blocks() -> None:
     """Have glibc map large blocks one by one, so that each goes back to the system when it is freed.
 
-    By itself it raises the size from which it does so, up to 32 MB, and holes in its heaps then add up to several
-    times the budget. It costs page faults, so it is for small budgets only.
+    By itself it raises the size from which it does so, up to 32 MB, and the holes that arrays leave in its heaps
+    then count beside a small budget. It costs page faults, so larger budgets do without.
     """
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):
@@ -307,10 +306,15 @@ def _map_large_blocks() -> None:
 
 
 @contextmanager
-def _system_allocator() -> Iterator[None]:
-    """Let Arrow take its memory from the C library: its own allocators keep what other threads have freed."""
+def _steady_allocator() -> Iterator[None]:
+    """Let Arrow take its memory from jemalloc, where it is built with it.
+
+    It gives back what was not used for a second. The C library gives large blocks back at once, to fetch them again for
+    the next batch, which costs a page fault for each page; mimalloc, Arrow's own choice, holds on to more.
+    """
     before = pa.default_memory_pool()
-    pa.set_memory_pool(pa.system_memory_pool())
+    with suppress(NotImplementedError):
+        pa.set_memory_pool(pa.jemalloc_memory_pool())
     try:
         yield
     finally:

@@ -32,6 +32,8 @@ _FILE_BYTES = 256 << 20
 _MIRROR_BYTES = 64 << 20
 _HASHES_PER_PART = 1 << 22
 _UNKNOWN_DIM = 1024
+_RUN_BYTES = 4 << 10
+"""Bytes of a batch for each run of kept rows from which it is faster to copy runs than to select values."""
 
 
 class RemoveDuplicatesStage(Stage):
@@ -290,7 +292,12 @@ def _write_kept(writer: KeptWriter, rows: RowBatch, keep: NDArray[np.bool_], fir
 
 
 def _filtered(batch: pa.RecordBatch, mask: NDArray[np.bool_]) -> pa.RecordBatch:
-    """Rows by a mask; Arrow cannot select from columns of views, so these go through plain ones."""
+    """Rows by a mask, of which one at least is true."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
+    runs = list(zip(edges[::2], edges[1::2], strict=True))
+    if batch.nbytes >= _RUN_BYTES * len(runs):
+        return pa.concat_batches([batch.slice(low, high - low) for low, high in runs])
+    # Arrow cannot select from columns of views, so these go through plain ones
     chosen = pa.array(mask)
     columns = []
     for column in batch.columns:

@@ -133,6 +133,9 @@ def half_floats(column: pa.Array) -> pa.Array:
     return column
 
 
+_TEXT_AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+
+
 @dataclass(frozen=True)
 class RawVectors:
     """The vectors of a batch before normalisation.
@@ -237,7 +240,7 @@ def check_sound(rows: pa.RecordBatch | pa.Table, *, values: bool = True) -> None
     if not values:
         rows.validate()
         return
-    as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
     for column in rows.columns:
-        kind = as_bytes.get(column.type)
-        (column if kind is None else column.cast(kind)).validate(full=True)
+        kind = _TEXT_AS_BYTES.get(column.type)
+        for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+            (chunk if kind is None else chunk.view(kind)).validate(full=True)

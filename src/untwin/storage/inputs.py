@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -143,11 +144,9 @@ class ParquetFormat:
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             rows = tuple(group.num_rows for group in groups)
             _check_counts(file.path, metadata.num_rows, groups)
-            starts = (0, *np.cumsum(rows).tolist())[: len(rows)]
-            sizes = tuple(max(0, group.total_byte_size) for group in groups)
-            if len(groups) == 1:
-                sizes = (file.size,)
-            elif sum(sizes):
+            starts = (0, *itertools.accumulate(rows))[: len(rows)]
+            sizes = (file.size,) if len(groups) == 1 else tuple(max(0, group.total_byte_size) for group in groups)
+            if len(groups) > 1 and sum(sizes):
                 sizes = tuple(size * file.size // sum(sizes) for size in sizes)
             return FileFacts(_named(parquet.schema_arrow), rows, tuple(starts), sizes)
 

@@ -124,24 +124,27 @@ class Listing:
 
     def spans(self, first_group: int, end_group: int, groups: Groups) -> Iterator[Span]:
         """The pieces `first_group` up to `end_group` (numbers over all files) as spans of files."""
+        numbers = groups.file[first_group:end_group]
+        if not len(numbers):
+            return
+        first, count = int(numbers[0]), int(numbers[-1] - numbers[0]) + 1
+        files = self.files.select(["path", "size", "first_row", "group_rows", "group_starts"]).slice(first, count)
+        ends = first_group + np.searchsorted(numbers, np.arange(first, first + count), side="right")
         position = first_group
-        while position < end_group:
-            file = int(groups.file[position])
-            end = position
-            while end < end_group and groups.file[end] == file:
-                end += 1
-            row = self.files.slice(file, 1).to_pylist()[0]
+        for row, end in zip(files.to_pylist(), ends.tolist(), strict=True):
+            if end == position:  # a file without rows
+                continue
             low = int(groups.within[position])
             high = low + end - position
-            starts = row["group_starts"]
+            starts, first_row = row["group_starts"], int(groups.starts[position])
             yield Span(
                 path=row["path"],
                 first_group=low,
                 group_rows=tuple(row["group_rows"][low:high]),
                 group_starts=tuple(starts[low:high]),
                 end=starts[high] if high < len(starts) else row["size"],
-                first_row=int(groups.starts[position]),
-                row_in_file=int(groups.starts[position]) - row["first_row"],
+                first_row=first_row,
+                row_in_file=first_row - row["first_row"],
             )
             position = end
 
