@@ -284,14 +284,14 @@ class _Candidates:
         self._pairs: list[tuple[Indices, Indices, Float32]] = []
         self._n_pairs = 0
 
-    def bar(self, rows: slice) -> Float32:
+    def bar(self) -> Float32:
         """Return the least product with which a pair can be the best of its row."""
-        return np.maximum(float32_below(self.top[rows] - 2 * self._error), self.floor)
+        return np.maximum(float32_below(self.top - 2 * self._error), self.floor)
 
     def add(self, i: Indices, j: Indices, product: Float32) -> None:
         """Note pairs: row of the strip, other row, product."""
         np.maximum.at(self.top, i, product)
-        near = product >= self.bar(slice(None))[i]
+        near = product >= self.bar()[i]
         self._pairs.append((i[near], j[near], product[near]))
         self._n_pairs += len(self._pairs[-1][0])
 
@@ -306,7 +306,7 @@ class _Candidates:
             return
         i, j, product = (np.concatenate(parts) for parts in zip(*self._pairs, strict=True))
         self._pairs, self._n_pairs = [], 0
-        near = product >= self.bar(slice(None))[i]
+        near = product >= self.bar()[i]
         if rows is not None:
             near &= rows[i]
         i, j = i[near], j[near] - offset
@@ -372,7 +372,8 @@ class _Resolver:
             self.held = _Rows(X, self.square[self.position], self.position)
         elif len(copies):
             self.rows = DistinctRows(self.rows, self.position)
-        for part in blocks(len(self.position), self.batch_size):
+        at_once = self.batch_size if self.held is None or self.strip_rows == _SLICE_ROWS else self.strip_rows
+        for part in _even_blocks(len(self.position), at_once):
             self._judge(part)
         self._copy_answers(first, copies)
         if len(copies) and self.limit is not None and self.compare_to == "kept":
@@ -396,13 +397,13 @@ class _Resolver:
         """Resolve a batch of rows, which are compared with all better-ranked rows."""
         batch = self._take(part)
         around, offset = (batch, part.start) if self.held is None else (self.held, 0)
-        strips = [_Strip(batch[rows], self.low, self.error) for rows in blocks(len(batch), self.strip_rows)]
+        strips = [_Strip(batch[rows], self.low, self.error) for rows in _even_blocks(len(batch), self.strip_rows)]
 
         def compare(strip: _Strip, start: int, tile: _Rows) -> None:
             everything = (tile, start) if self.held is None else (self.held, 0)
-            for columns in blocks(len(tile), _TILE_COLUMNS):
+            for columns in _even_blocks(len(tile), _TILE_COLUMNS):
                 products = _products(strip.rows.X, tile.X[columns])
-                self._note(strip, slice(0, len(strip.rows)), products, start + columns.start)
+                self._note(strip, products, start + columns.start)
                 for candidates in (strip.best, strip.kept):
                     if candidates.many:
                         candidates.settle(strip.rows, *everything)
@@ -422,24 +423,18 @@ class _Resolver:
 
     def _compare_inside(self, strip: _Strip, start: int) -> None:
         """Compare the rows of a strip, of which the first has index `start`, with each other."""
-        X = strip.rows.X
-        for rows in blocks(len(X), _SLICE_ROWS):
-            products = _scratch_matrix(rows.stop - rows.start, rows.stop)
-            if rows.start:
-                np.matmul(X[rows], X[: rows.start].T, out=products[:, : rows.start])
-            square = products[:, rows.start :]
-            np.matmul(X[rows], X[rows].T, out=square)
-            np.copyto(square, _MASKED, where=_not_before(len(square)))
-            self._note(strip, rows, products, start, inside=True)
+        products = _products(strip.rows.X, strip.rows.X)
+        np.copyto(products, _MASKED, where=_not_before(len(products)))
+        self._note(strip, products, start, inside=True)
 
-    def _note(self, strip: _Strip, rows: slice, products: Float32, first: int, *, inside: bool = False) -> None:
-        """Note what matters of the products of some rows of a strip with rows from index `first` on; spoils them."""
+    def _note(self, strip: _Strip, products: Float32, first: int, *, inside: bool = False) -> None:
+        """Note what matters of the products of a strip with rows from index `first` on; spoils them."""
         own, at = np.arange(len(products)), products.argmax(axis=1)
         top = products[own, at]
-        np.maximum(strip.best.top[rows], top, out=strip.best.top[rows])
-        bar = strip.best.bar(rows)
+        np.maximum(strip.best.top, top, out=strip.best.top)
+        bar = strip.best.bar()
         if self.limit is not None:
-            bar = np.minimum(bar, strip.kept.bar(rows))
+            bar = np.minimum(bar, strip.kept.bar())
         i = np.flatnonzero(top >= bar)
         if not len(i):
             return
@@ -451,7 +446,7 @@ class _Resolver:
             r, c = np.divmod(np.flatnonzero(products >= bar[more, None]), products.shape[1])
             i, j = np.concatenate((i, more[r])), np.concatenate((j, c))
             product = np.concatenate((product, products[r, c]))
-        i, j = i + rows.start, j + first
+        j += first
         strip.best.add(i, j, product)
         if self.limit is not None:
             near = product >= self.low
@@ -635,6 +630,11 @@ def _thin_out(
     top = np.maximum.reduceat(value, starts)
     keep = value >= top[at_row[i]] - 8 * (left.X.shape[1] + 16) * 2.0**-53
     return i[keep], j[keep]
+
+
+def _even_blocks(n: int, size: int) -> Iterator[slice]:
+    """As few slices of at most `size` as cover `range(n)`, about equally long: products of thin matrices are slow."""
+    return blocks(n, -(-n // max(1, -(-n // size))) or 1)
 
 
 def _resolve_in_order(i: Indices, j: Indices, duplicate: Bool) -> None:
