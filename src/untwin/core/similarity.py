@@ -277,8 +277,9 @@ class _Candidates:
         error: Of the products.
     """
 
-    def __init__(self, best: _Best, floor: np.float32, error: float) -> None:
-        self.best, self.floor, self._error = best, floor, error
+    def __init__(self, best: _Best, floor: float, error: float) -> None:
+        self.best, self._floor = best, np.float32(floor)
+        self._slack = np.float32(2 * error + 2.0**-23)  # with room for the rounding of the difference
         self.top = np.full(len(best.value), np.float32(_NOTHING))
         """The largest product so far."""
         self._pairs: list[tuple[Indices, Indices, Float32]] = []
@@ -286,14 +287,13 @@ class _Candidates:
 
     def bar(self) -> Float32:
         """Return the least product with which a pair can be the best of its row."""
-        return np.maximum(float32_below(self.top - 2 * self._error), self.floor)
+        bar: Float32 = self.top - self._slack
+        return np.maximum(bar, self._floor, out=bar)
 
     def add(self, i: Indices, j: Indices, product: Float32) -> None:
         """Note pairs: row of the strip, other row, product."""
-        np.maximum.at(self.top, i, product)
-        near = product >= self.bar()[i]
-        self._pairs.append((i[near], j[near], product[near]))
-        self._n_pairs += len(self._pairs[-1][0])
+        self._pairs.append((i, j, product))
+        self._n_pairs += len(i)
 
     @property
     def many(self) -> bool:
@@ -320,12 +320,18 @@ class _Candidates:
 class _Strip:
     """Rows that are judged together: what is compared with them is noted here, by one thread at a time."""
 
-    def __init__(self, rows: _Rows, floor: np.float32, error: float) -> None:
+    def __init__(self, rows: _Rows, floor: float, error: float) -> None:
         self.rows = rows
-        self.best = _Candidates(_Best.empty(len(rows)), np.float32(_NOTHING), error)
+        self.best = _Candidates(_Best.empty(len(rows)), _NOTHING, error)
         self.kept = _Candidates(_Best.empty(len(rows)), floor, error)
-        self.inside: list[tuple[Indices, Indices, Float32]] = []
-        """Pairs that may be within eps, of two rows of the strip."""
+        self.inside: tuple[Indices, Indices, Float32] | None = None
+        """Pairs of rows of the strip that may be within eps."""
+
+    def add_kept(self, i: Indices, j: Indices, product: Float32) -> None:
+        """Note pairs with kept rows that may be within eps."""
+        np.maximum.at(self.kept.top, i, product)
+        near = product >= self.kept.bar()[i]
+        self.kept.add(i[near], j[near], product[near])
 
 
 class _Resolver:
@@ -424,22 +430,23 @@ class _Resolver:
     def _compare_inside(self, strip: _Strip, start: int) -> None:
         """Compare the rows of a strip, of which the first has index `start`, with each other."""
         products = _products(strip.rows.X, strip.rows.X)
-        np.copyto(products, _MASKED, where=_not_before(len(products)))
+        np.copyto(products, _MASKED, where=_not_before(_STRIP_ROWS)[: len(products), : len(products)])
         self._note(strip, products, start, inside=True)
 
     def _note(self, strip: _Strip, products: Float32, first: int, *, inside: bool = False) -> None:
         """Note what matters of the products of a strip with rows from index `first` on; spoils them."""
-        own, at = np.arange(len(products)), products.argmax(axis=1)
-        top = products[own, at]
+        at = products.argmax(axis=1)
+        own = at + np.arange(0, products.size, products.shape[1])
+        top = products.reshape(-1).take(own)
         np.maximum(strip.best.top, top, out=strip.best.top)
-        bar = strip.best.bar()
+        best_bar = bar = strip.best.bar()
         if self.limit is not None:
             bar = np.minimum(bar, strip.kept.bar())
         i = np.flatnonzero(top >= bar)
         if not len(i):
             return
         j, product = at[i], top[i]
-        products[own, at] = _MASKED
+        products.reshape(-1)[own] = _MASKED
         more = np.flatnonzero(products.max(axis=1) >= bar)
         if len(more):
             products = products.take(more, axis=0)
@@ -447,17 +454,17 @@ class _Resolver:
             i, j = np.concatenate((i, more[r])), np.concatenate((j, c))
             product = np.concatenate((product, products[r, c]))
         j += first
-        strip.best.add(i, j, product)
-        if self.limit is not None:
-            near = product >= self.low
-            if not inside:
-                near &= ~self.removed[self.position[j]]
-            if near.any():
-                pairs = i[near], j[near], product[near]
-                if inside:
-                    strip.inside.append(pairs)
-                else:
-                    strip.kept.add(*pairs)
+        near = product >= best_bar[i]
+        strip.best.add(i[near], j[near], product[near])
+        near = np.flatnonzero(product >= self.low)
+        if not len(near):
+            return
+        i, j, product = i[near], j[near], product[near]
+        if inside:
+            strip.inside = i, j - first, product
+        else:
+            near = np.flatnonzero(~self.removed[self.position[j]])
+            strip.add_kept(i[near], j[near], product[near])
 
     def _resolve(self, strip: _Strip, start: int, around: _Rows, offset: int) -> None:
         """Decide who stays of a strip, of which the first row has index `start`, once all is compared."""
@@ -468,15 +475,14 @@ class _Resolver:
             if ((decides.top >= self.low) & (decides.top <= high)).any():
                 decides.settle(rows, around, offset)
             duplicate = (decides.top > high) | (decides.best.value.astype(np.float32) >= self.limit)
-            if strip.inside:
-                i, j, product = (np.concatenate(parts) for parts in zip(*strip.inside, strict=True))
-                j -= start
+            if strip.inside is not None:
+                i, j, product = strip.inside
                 if self.compare_to == "kept":
                     near = ~(duplicate[i] | duplicate[j])
                     near[near] = self._within(rows, i[near], j[near], product[near])
                     _resolve_in_order(i[near], j[near], duplicate)
                 near = duplicate[i] & ~duplicate[j]
-                strip.kept.add(i[near], j[near] + start, product[near])
+                strip.add_kept(i[near], j[near] + start, product[near])
             strip.kept.settle(rows, around, offset, duplicate)
             at = position[duplicate]
             self.removed[at] = True
@@ -594,10 +600,10 @@ def _products(X: Float32, Y: Float32) -> Float32:
     return np.matmul(X, Y.T, out=_scratch_matrix(len(X), len(Y)))
 
 
-@lru_cache(maxsize=2)
+@lru_cache
 def _not_before(n: int) -> Bool:
     """(n, n): whether column j is not better ranked than row i."""
-    return np.arange(n) >= np.arange(n)[:, None]
+    return ~np.tri(n, k=-1, dtype=np.bool_)
 
 
 def _pair_cosine(left: _Rows, i: npt.NDArray[np.intp], right: _Rows, j: npt.NDArray[np.intp]) -> Float64:
