@@ -155,12 +155,12 @@ def test_products_with_the_largest_allowed_error_change_nothing(monkeypatch):
     monkeypatch.setattr(similarity, "_TILE_COLUMNS", 50)
     original, notes = similarity._Resolver._note, []
 
-    def disturbed(self, strip, products, first, **options):
+    def disturbed(self, strip, products, first, around, **options):
         left, right = strip.rows.X, self.held.X[first : first + products.shape[1]]
         exact = rowwise_dot(np.repeat(left, len(right), axis=0), np.tile(right, (len(left), 1)))
         wrong = exact.reshape(products.shape) + margin * rng.choice([-1, 1], products.shape)
         notes.append(products.size)
-        original(self, strip, np.where(products < -3, products, wrong).astype(np.float32), first, **options)
+        original(self, strip, np.where(products < -3, products, wrong).astype(np.float32), first, around, **options)
 
     monkeypatch.setattr(similarity._Resolver, "_note", disturbed)
     for compare_to in ("kept", "ranked"):

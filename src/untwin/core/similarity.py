@@ -34,7 +34,7 @@ EPS_GRID: tuple[float, ...] = (
 )
 """The values of eps for which counts are reported."""
 
-_STRIP_ROWS = 512
+_STRIP_ROWS = 768
 """Rows that are judged together, and rows of one matrix product: fewer make it slower."""
 _SLICE_ROWS = 256
 """As `_STRIP_ROWS` where threads share the rows, and the side of the squares on the diagonal."""
@@ -272,15 +272,17 @@ class _Candidates:
     """For each row of a strip, the pairs of which one is its best: products tell no more.
 
     Args:
-        best: What is known exactly.
+        rows: The strip.
         floor: The least product that matters.
-        error: Of the products.
     """
 
-    def __init__(self, best: _Best, floor: float, error: float) -> None:
-        self.best, self._floor = best, np.float32(floor)
-        self._slack = np.float32(2 * error + 2.0**-23)  # with room for the rounding of the difference
-        self.top = np.full(len(best.value), np.float32(_NOTHING))
+    def __init__(self, rows: _Rows, floor: float) -> None:
+        self._rows, self._floor = rows, np.float32(floor)
+        # with room for the rounding of the difference
+        self._slack = np.float32(2 * product_error(rows.X.shape[1]) + 2.0**-23)
+        self.best = _Best.empty(len(rows))
+        """What is known exactly."""
+        self.top = np.full(len(rows), np.float32(_NOTHING))
         """The largest product so far."""
         self._pairs: list[tuple[Indices, Indices, Float32]] = []
         self._n_pairs = 0
@@ -290,48 +292,48 @@ class _Candidates:
         bar: Float32 = self.top - self._slack
         return np.maximum(bar, self._floor, out=bar)
 
-    def add(self, i: Indices, j: Indices, product: Float32) -> None:
-        """Note pairs: row of the strip, other row, product."""
-        self._pairs.append((i, j, product))
-        self._n_pairs += len(i)
+    def add(self, i: Indices, j: Indices, product: Float32, around: _Around) -> None:
+        """Note pairs: row of the strip, index of the other row, product."""
+        np.maximum.at(self.top, i, product)
+        near = product >= self.bar()[i]
+        self._pairs.append((i[near], j[near], product[near]))
+        self._n_pairs += len(self._pairs[-1][0])
+        if self._n_pairs > 16 * len(self.top) + 4096:
+            self.settle(around)
 
-    @property
-    def many(self) -> bool:
-        """Whether there are more pairs than should be kept."""
-        return self._n_pairs > 16 * len(self.top) + 4096
-
-    def settle(self, left: _Rows, right: _Rows, offset: int, rows: Bool | None = None) -> None:
-        """Compute the pairs exactly, of some rows or of all: `left` with `right`, whose first row is `offset`."""
+    def settle(self, around: _Around, rows: Bool | None = None) -> None:
+        """Compute the pairs of all rows, or of some, exactly; all other rows of the pairs are in `around`."""
         if not self._n_pairs:
             return
-        i, j, product = (np.concatenate(parts) for parts in zip(*self._pairs, strict=True))
+        i, j, product = _joined(self._pairs)
         self._pairs, self._n_pairs = [], 0
         near = product >= self.bar()[i]
         if rows is not None:
             near &= rows[i]
-        i, j = i[near], j[near] - offset
+        i, j = i[near], j[near] - around.start
         if not (i[1:] >= i[:-1]).all():
             order = np.argsort(i, kind="stable")
             i, j = i[order], j[order]
         if len(i):
-            self.best.offer_pairs(i, j, left, right)
+            self.best.offer_pairs(i, j, self._rows, around.rows)
+
+
+@dataclass(frozen=True)
+class _Around:
+    """Rows that others are compared with, of which the first has index `start`."""
+
+    rows: _Rows
+    start: int
 
 
 class _Strip:
-    """Rows that are judged together: what is compared with them is noted here, by one thread at a time."""
+    """Rows that are judged together: what is found for them is noted here, by one thread at a time."""
 
-    def __init__(self, rows: _Rows, floor: float, error: float) -> None:
+    def __init__(self, rows: _Rows, low: float) -> None:
         self.rows = rows
-        self.best = _Candidates(_Best.empty(len(rows)), _NOTHING, error)
-        self.kept = _Candidates(_Best.empty(len(rows)), floor, error)
-        self.inside: tuple[Indices, Indices, Float32] | None = None
+        self.best, self.kept = _Candidates(rows, _NOTHING), _Candidates(rows, low)
+        self.inside: list[tuple[Indices, Indices, Float32]] = []
         """Pairs of rows of the strip that may be within eps."""
-
-    def add_kept(self, i: Indices, j: Indices, product: Float32) -> None:
-        """Note pairs with kept rows that may be within eps."""
-        np.maximum.at(self.kept.top, i, product)
-        near = product >= self.kept.bar()[i]
-        self.kept.add(i[near], j[near], product[near])
 
 
 class _Resolver:
@@ -355,7 +357,7 @@ class _Resolver:
         self.executor_map = executor_map or map
         self.strip_rows = _STRIP_ROWS if executor_map is None else _SLICE_ROWS
         self.error = product_error(rows.dim)
-        self.low = np.float32(np.inf) if self.limit is None else float32_below(np.float64(self.limit) - self.error)[()]
+        self.low = np.inf if self.limit is None else float(float32_below(float(self.limit) - self.error))
         self.best = _Best.empty(self.n)
         self.witness = _Best.empty(self.n)
         self.removed = np.zeros(self.n, np.bool_)
@@ -393,102 +395,102 @@ class _Resolver:
         position = self.position[part]
         return _Rows(self.rows.take(part.start, part.stop), self.square[position], position)
 
-    def _tiles(self, start: int, stop: int) -> Iterator[tuple[int, _Rows]]:
-        """Rows that are no copies, as many at a time as are taken together, with the index of the first."""
+    def _tiles(self, start: int, stop: int) -> Iterator[_Around]:
+        """Rows that are no copies, as many at a time as are taken together."""
         size = stop - start if self.held is not None else max(_TILE_COLUMNS, _READ_BYTES // (4 * self.rows.dim))
         for part in blocks(stop - start, max(1, size)):
-            yield start + part.start, self._take(slice(start + part.start, start + part.stop))
+            first = start + part.start
+            yield _Around(self._take(slice(first, start + part.stop)), first)
 
     def _judge(self, part: slice) -> None:
         """Resolve a batch of rows, which are compared with all better-ranked rows."""
         batch = self._take(part)
-        around, offset = (batch, part.start) if self.held is None else (self.held, 0)
-        strips = [_Strip(batch[rows], self.low, self.error) for rows in _even_blocks(len(batch), self.strip_rows)]
+        strips = [_Strip(batch[rows], self.low) for rows in _even_blocks(len(batch), self.strip_rows)]
+        everything = None if self.held is None else _Around(self.held, 0)
 
-        def compare(strip: _Strip, start: int, tile: _Rows) -> None:
-            everything = (tile, start) if self.held is None else (self.held, 0)
-            for columns in _even_blocks(len(tile), _TILE_COLUMNS):
-                products = _products(strip.rows.X, tile.X[columns])
-                self._note(strip, products, start + columns.start)
-                for candidates in (strip.best, strip.kept):
-                    if candidates.many:
-                        candidates.settle(strip.rows, *everything)
+        def compare(strip: _Strip, tile: _Around, around: _Around) -> None:
+            for columns in _even_blocks(len(tile.rows), _TILE_COLUMNS):
+                products = _products(strip.rows.X, tile.rows.X[columns])
+                self._note(strip, products, tile.start + columns.start, around)
 
-        for start, tile in self._tiles(0, part.start):
-            list(self.executor_map(partial(compare, start=start, tile=tile), strips))
-            if self.held is None:
+        for tile in self._tiles(0, part.start):
+            list(self.executor_map(partial(compare, tile=tile, around=everything or tile), strips))
+            if everything is None:
                 for strip in strips:
-                    strip.best.settle(strip.rows, tile, start)
-                    strip.kept.settle(strip.rows, tile, start)
-        done = 0
+                    strip.best.settle(tile)
+                    strip.kept.settle(tile)
+        around, done = everything or _Around(batch, part.start), 0
         for strip in strips:
-            compare(strip, part.start, batch[:done])
-            self._compare_inside(strip, part.start + done)
-            self._resolve(strip, part.start + done, around, offset)
+            compare(strip, _Around(batch[:done], part.start), around)
+            self._compare_inside(strip, part.start + done, around)
+            self._resolve(strip, part.start + done, around)
             done += len(strip.rows)
 
-    def _compare_inside(self, strip: _Strip, start: int) -> None:
+    def _compare_inside(self, strip: _Strip, start: int, around: _Around) -> None:
         """Compare the rows of a strip, of which the first has index `start`, with each other."""
         products = _products(strip.rows.X, strip.rows.X)
         np.copyto(products, _MASKED, where=_not_before(_STRIP_ROWS)[: len(products), : len(products)])
-        self._note(strip, products, start, inside=True)
+        self._note(strip, products, start, around, inside=True)
 
-    def _note(self, strip: _Strip, products: Float32, first: int, *, inside: bool = False) -> None:
-        """Note what matters of the products of a strip with rows from index `first` on; spoils them."""
+    def _note(self, strip: _Strip, products: Float32, start: int, around: _Around, *, inside: bool = False) -> None:
+        """Note what matters of the products of a strip with rows from index `start` on; spoils them."""
         at = products.argmax(axis=1)
         own = at + np.arange(0, products.size, products.shape[1])
         top = products.reshape(-1).take(own)
         np.maximum(strip.best.top, top, out=strip.best.top)
-        best_bar = bar = strip.best.bar()
-        if self.limit is not None:
-            bar = np.minimum(bar, strip.kept.bar())
+        best_bar = strip.best.bar()
+        bar = np.minimum(best_bar, strip.kept.bar())
+        stays = ~self.removed[self.position[start : start + products.shape[1]]]
+
+        def note(i: Indices, j: Indices, product: Float32) -> None:
+            near = np.flatnonzero(product >= best_bar[i])
+            strip.best.add(i[near], j[near] + start, product[near], around)
+            near = np.flatnonzero((product >= self.low) & stays[j])
+            if not len(near):
+                return
+            if inside:
+                strip.inside.append((i[near], j[near], product[near]))
+            else:
+                strip.kept.add(i[near], j[near] + start, product[near], around)
+
         i = np.flatnonzero(top >= bar)
         if not len(i):
             return
-        j, product = at[i], top[i]
+        note(i, at[i], top[i])
         products.reshape(-1)[own] = _MASKED
         more = np.flatnonzero(products.max(axis=1) >= bar)
-        if len(more):
-            products = products.take(more, axis=0)
-            r, c = np.divmod(np.flatnonzero(products >= bar[more, None]), products.shape[1])
-            i, j = np.concatenate((i, more[r])), np.concatenate((j, c))
-            product = np.concatenate((product, products[r, c]))
-        j += first
-        near = product >= best_bar[i]
-        strip.best.add(i[near], j[near], product[near])
-        near = np.flatnonzero(product >= self.low)
-        if not len(near):
-            return
-        i, j, product = i[near], j[near], product[near]
-        if inside:
-            strip.inside = i, j - first, product
-        else:
-            near = np.flatnonzero(~self.removed[self.position[j]])
-            strip.add_kept(i[near], j[near], product[near])
+        for some in blocks(len(more), _SLICE_ROWS):
+            rows = more[some]
+            part = products.take(rows, axis=0)
+            matters = part >= bar[rows, None]
+            if not inside:
+                matters &= stays | (part >= best_bar[rows, None])
+            i, j = np.divmod(np.flatnonzero(matters), products.shape[1])
+            note(rows[i], j, part[i, j])
 
-    def _resolve(self, strip: _Strip, start: int, around: _Rows, offset: int) -> None:
+    def _resolve(self, strip: _Strip, start: int, around: _Around) -> None:
         """Decide who stays of a strip, of which the first row has index `start`, once all is compared."""
         rows, position = strip.rows, strip.rows.position
         if self.limit is not None:
             high = np.float32(float(self.limit) + self.error)
             decides = strip.kept if self.compare_to == "kept" else strip.best
             if ((decides.top >= self.low) & (decides.top <= high)).any():
-                decides.settle(rows, around, offset)
+                decides.settle(around)
             duplicate = (decides.top > high) | (decides.best.value.astype(np.float32) >= self.limit)
-            if strip.inside is not None:
-                i, j, product = strip.inside
+            if strip.inside:
+                i, j, product = _joined(strip.inside)
                 if self.compare_to == "kept":
                     near = ~(duplicate[i] | duplicate[j])
                     near[near] = self._within(rows, i[near], j[near], product[near])
                     _resolve_in_order(i[near], j[near], duplicate)
                 near = duplicate[i] & ~duplicate[j]
-                strip.add_kept(i[near], j[near] + start, product[near])
-            strip.kept.settle(rows, around, offset, duplicate)
+                strip.kept.add(i[near], j[near] + start, product[near], around)
+            strip.kept.settle(around, duplicate)
             at = position[duplicate]
             self.removed[at] = True
             self.witness.value[at] = strip.kept.best.value[duplicate]
             self.witness.position[at] = strip.kept.best.position[duplicate]
-        strip.best.settle(rows, around, offset)
+        strip.best.settle(around)
         self.best.value[position], self.best.position[position] = strip.best.best.value, strip.best.best.position
 
     def _within(self, rows: _Rows, i: Indices, j: Indices, product: Float32) -> Bool:
@@ -526,9 +528,9 @@ class _Resolver:
             low, high = np.searchsorted(self.position, (at[0], until.max()))
             index = np.searchsorted(self.position, at)
             left = self.held[index] if self.held is not None else _Rows(_gather(self.rows, index), self.square[at], at)
-            for _, tile in self._tiles(low, high):
-                for columns in blocks(len(tile), _TILE_COLUMNS):
-                    right = tile[columns]
+            for tile in self._tiles(low, high):
+                for columns in blocks(len(tile.rows), _TILE_COLUMNS):
+                    right = tile.rows[columns]
                     products = _products(left.X, right.X)
                     least = float32_below(self.witness.value[at] - self.error)
                     between = (right.position > at[:, None]) & (right.position < until[:, None])
@@ -572,6 +574,11 @@ class _Resolver:
         kept_match = self.witness.position
         kept_match[none] = -1
         return Matches(score, match, kept_score, kept_match, self.removed)
+
+
+def _joined(pairs: list[tuple[Indices, Indices, Float32]]) -> tuple[Indices, Indices, Float32]:
+    i, j, product = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    return i, j, product
 
 
 def _chosen(X: Float32, positions: Int64) -> Float32:
