@@ -20,7 +20,7 @@ from untwin.core import (
     Matches,
     RankedArray,
     RankedRows,
-    RowStore,
+    blocks,
     is_duplicate,
     match_ranked,
     normalize,
@@ -301,10 +301,13 @@ class PairwiseStage(Stage):
             table = self._side_columns(table)
             order = self.ranking.order(table, self.id_field)
             return table, order, RankedArray(vectors, order)
-        spool = stack.enter_context(VectorFile(self._scratch(), task.dim))
-        table = self._side_columns(self._spooled(cluster, task, spool))
-        order = self.ranking.order(table, self.id_field)
-        return table, order, RankedFile(spool, order)
+        ranked = stack.enter_context(VectorFile(self._scratch(), task.dim))
+        with VectorFile(self._scratch(), task.dim) as spool:
+            table = self._side_columns(self._spooled(cluster, task, spool))
+            order = self.ranking.order(table, self.id_field)
+            for part in blocks(len(order), _spooled_batch(task.dim)):
+                ranked.append(spool.take(order[part]), np.arange(part.start, part.stop))
+        return table, order, RankedFile(ranked, np.arange(len(order)))
 
     def _scratch(self) -> str | None:
         return scratch_folder(self._work_path, remote=is_remote(self.output_path))
@@ -315,19 +318,12 @@ class PairwiseStage(Stage):
         """Rows without vectors, in the order of the files; their rank order; and their matches."""
         with ExitStack() as stack:
             table, order, rows = self.load(cluster, task, context, stack)
-
-            def stores(_: int, dim: int) -> tuple[RowStore, RowStore]:
-                folder = self._scratch()
-                return stack.enter_context(VectorFile(folder, dim)), stack.enter_context(VectorFile(folder, dim))
-
-            spooled = isinstance(rows, RankedFile)
             matches = match_ranked(
                 rows,
                 eps=self.eps,
                 compare_to=self.compare_to,  # type: ignore[arg-type]
-                batch_size=_spooled_batch(task.dim) if spooled else self.pairwise_batch_size,
+                batch_size=_spooled_batch(task.dim) if isinstance(rows, RankedFile) else self.pairwise_batch_size,
                 executor_map=context.map if context.threads > 1 else None,
-                store_factory=stores if spooled else None,
             )
             return table, order, matches
 
