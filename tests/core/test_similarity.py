@@ -1,5 +1,6 @@
 """`match_ranked` against brute force in float64."""
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -212,6 +213,26 @@ def test_a_hundred_thousand_identical_rows_take_no_time():
     assert got.match[3:].tolist() == [k % 3 for k in range(3, 100_000)]
     assert (got.score[3:] == 1).all()
     assert np.count_nonzero(got.duplicate) == 100_000 - 3
+
+
+@pytest.mark.parametrize("spread", [1e-4, 0.01, 0.1])
+def test_thousands_of_almost_equal_rows_take_little_memory(spread):
+    """All pairs are within eps, and with the smallest spread no product tells which is the best."""
+    n, dim = 5000, 16
+    rng = np.random.default_rng(9)
+    X, _ = normalize(1 + spread * rng.standard_normal((n, dim)))
+    tracemalloc.start()
+    got = match_ranked(RankedArray(X), eps=0.3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.flatnonzero(~got.duplicate).tolist() == [0]
+    assert (got.kept_match[1:] == 0).all()
+    assert peak < 40e6 < 4 * n * n / 2
+    for i in rng.integers(1, n, 20).tolist():
+        scores = rowwise_dot(X[:i], np.broadcast_to(X[i], (i, dim)))
+        scores /= np.sqrt(rowwise_dot(X[: i + 1], X[: i + 1])[:i] * rowwise_dot(X[i : i + 1], X[i : i + 1]))
+        assert got.match[i] == np.argmax(np.minimum(scores, 1))
+        assert got.score[i] == np.float32(min(scores.max(), 1))
 
 
 def test_rows_are_taken_in_the_given_order():

@@ -357,6 +357,7 @@ class _Resolver:
         self.executor_map = executor_map or map
         self.strip_rows = _STRIP_ROWS if executor_map is None else _SLICE_ROWS
         self.error = product_error(rows.dim)
+        self.high = np.inf if self.limit is None else float(np.float32(float(self.limit) + self.error))
         self.low = np.inf if self.limit is None else float(float32_below(float(self.limit) - self.error))
         self.best = _Best.empty(self.n)
         self.witness = _Best.empty(self.n)
@@ -440,7 +441,12 @@ class _Resolver:
         np.maximum(strip.best.top, top, out=strip.best.top)
         best_bar = strip.best.bar()
         bar = np.minimum(best_bar, strip.kept.bar())
-        stays = ~self.removed[self.position[start : start + products.shape[1]]]
+        # of the strip itself, those may stay for which no earlier row is surely within eps
+        stays = (
+            self._decides(strip).top <= self.high
+            if inside
+            else ~self.removed[self.position[start : start + products.shape[1]]]
+        )
 
         def note(i: Indices, j: Indices, product: Float32) -> None:
             near = np.flatnonzero(product >= best_bar[i])
@@ -453,18 +459,19 @@ class _Resolver:
             else:
                 strip.kept.add(i[near], j[near] + start, product[near], around)
 
-        i = np.flatnonzero(top >= bar)
-        if not len(i):
+        matters = top >= bar
+        if not matters.any():
             return
-        note(i, at[i], top[i])
         products.reshape(-1)[own] = _MASKED
-        more = np.flatnonzero(products.max(axis=1) >= bar)
+        several = products.max(axis=1) >= bar
+        products.reshape(-1)[own] = top
+        one, more = np.flatnonzero(matters & ~several), np.flatnonzero(several)
+        note(one, at[one], top[one])
         for some in blocks(len(more), _SLICE_ROWS):
             rows = more[some]
             part = products.take(rows, axis=0)
             matters = part >= bar[rows, None]
-            if not inside:
-                matters &= stays | (part >= best_bar[rows, None])
+            matters &= stays | (part >= best_bar[rows, None])
             i, j = np.divmod(np.flatnonzero(matters), products.shape[1])
             note(rows[i], j, part[i, j])
 
@@ -472,11 +479,10 @@ class _Resolver:
         """Decide who stays of a strip, of which the first row has index `start`, once all is compared."""
         rows, position = strip.rows, strip.rows.position
         if self.limit is not None:
-            high = np.float32(float(self.limit) + self.error)
-            decides = strip.kept if self.compare_to == "kept" else strip.best
-            if ((decides.top >= self.low) & (decides.top <= high)).any():
+            decides = self._decides(strip)
+            if ((decides.top >= self.low) & (decides.top <= self.high)).any():
                 decides.settle(around)
-            duplicate = (decides.top > high) | (decides.best.value.astype(np.float32) >= self.limit)
+            duplicate = (decides.top > self.high) | (decides.best.value.astype(np.float32) >= self.limit)
             if strip.inside:
                 i, j, product = _joined(strip.inside)
                 if self.compare_to == "kept":
@@ -493,10 +499,14 @@ class _Resolver:
         strip.best.settle(around)
         self.best.value[position], self.best.position[position] = strip.best.best.value, strip.best.best.position
 
+    def _decides(self, strip: _Strip) -> _Candidates:
+        """Return the pairs that decide who is removed."""
+        return strip.kept if self.compare_to == "kept" else strip.best
+
     def _within(self, rows: _Rows, i: Indices, j: Indices, product: Float32) -> Bool:
         """Whether pairs of rows whose products are at least `low` are within eps."""
         assert self.limit is not None
-        within = product > np.float32(float(self.limit) + self.error)
+        within = product > self.high
         unsure = np.flatnonzero(~within)
         within[unsure] = _pair_cosine(rows, i[unsure], rows, j[unsure]).astype(np.float32) >= self.limit
         return within
@@ -703,5 +713,11 @@ def _gather(rows: RankedRows, positions: Int64) -> Float32:
         return rows.gather(positions)
     cut = np.flatnonzero(np.diff(positions) != 1) + 1
     starts, ends = positions[np.insert(cut, 0, 0)], positions[np.append(cut, len(positions)) - 1] + 1
-    parts = [rows.take(lo, hi) for lo, hi in zip(starts.tolist(), ends.tolist(), strict=True)]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if len(starts) == 1:
+        return rows.take(int(starts[0]), int(ends[0]))
+    out = np.empty((len(positions), rows.dim), np.float32)
+    done = 0
+    for lo, hi in zip(starts.tolist(), ends.tolist(), strict=True):
+        out[done : done + hi - lo] = rows.take(lo, hi)
+        done += hi - lo
+    return out
