@@ -145,7 +145,8 @@ def is_duplicate(score: npt.ArrayLike, eps: float) -> Bool:
 
 def score_counts(score: Float32, grid: Sequence[float] = EPS_GRID) -> Int64:
     """Count the (n,) scores that are duplicates at each eps of `grid`; int64. First rows never are."""
-    return np.array([np.count_nonzero(is_duplicate(score, eps)) for eps in grid], dtype=np.int64)
+    ordered = np.sort(score[~np.isnan(score)].astype(np.float32))
+    return len(ordered) - np.searchsorted(ordered, np.array([threshold(eps) for eps in grid], np.float32))
 
 
 def match_ranked(

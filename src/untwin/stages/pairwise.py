@@ -400,6 +400,8 @@ class Examples:
 
     def __init__(self) -> None:
         self._pairs: list[list[tuple[int, ExamplePair]]] = [[] for _ in EPS_GRID]
+        # the largest hash that can still be among the smallest of a step
+        self._bars = np.full(len(EPS_GRID), np.iinfo(np.uint64).max, np.uint64)
 
     def add(self, ids: pa.Array, max_ids: pa.ChunkedArray, score: NDArray[np.float32]) -> None:
         """Take the rows of a cluster into account."""
@@ -409,6 +411,8 @@ class Examples:
         if not len(inside):
             return
         hashes = hash_ids(ids.take(pa.array(inside)), EXAMPLES_SEED)
+        low = hashes <= self._bars[step[inside]]
+        inside, hashes = inside[low], hashes[low]
         order = np.lexsort((hashes, step[inside]))
         steps = step[inside][order]
         place = np.arange(len(order)) - np.searchsorted(steps, steps, side="left")
@@ -416,10 +420,14 @@ class Examples:
             row = int(inside[index])
             pair = ExamplePair(_as_text(ids[row]), _as_text(max_ids[row]), float(score[row]))
             self._pairs[int(step[row])].append((int(hashes[index]), pair))
+        for number in np.unique(steps).tolist():
+            pairs = self._pairs[number] = sorted(self._pairs[number], key=lambda item: item[0])[:_EXAMPLES]
+            if len(pairs) == _EXAMPLES:
+                self._bars[number] = pairs[-1][0]
 
     def chosen(self) -> tuple[tuple[tuple[int, ExamplePair], ...], ...]:
         """Those with the smallest hashes, with their hashes, for each step."""
-        return tuple(tuple(sorted(pairs, key=lambda item: item[0])[:_EXAMPLES]) for pairs in self._pairs)
+        return tuple(tuple(pairs) for pairs in self._pairs)
 
 
 def _as_text(value: pa.Scalar) -> str:
