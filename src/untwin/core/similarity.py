@@ -685,8 +685,9 @@ def _squares(rows: RankedRows, batch_size: int) -> Float64:
 def _first_copies(rows: RankedRows, square: Float64, batch_size: int) -> Int64:
     """Position of the best-ranked bit-identical row (its own if none is better ranked); (n,) int64.
 
-    Only rows that share d(x, x) with another can be copies: the others are not even hashed. A hash collision
-    is found by comparing the rows, and only costs the shortcut.
+    Only rows that share d(x, x) with another can be copies: the others are not looked at. Where that is shared by
+    rows that differ, hashes are compared too. A hash collision is found by comparing the rows, and only costs the
+    shortcut.
     """
     first = np.arange(rows.n)
     order = np.argsort(square, kind="stable")
@@ -694,18 +695,28 @@ def _first_copies(rows: RankedRows, square: Float64, batch_size: int) -> Int64:
     suspects = np.sort(order[np.append(same, False) | np.insert(same, 0, False)]) if same.any() else order[:0]
     if not len(suspects):
         return first
-    hashes = np.empty(len(suspects), np.uint64)
-    for part in blocks(len(suspects), batch_size):
-        hashes[part] = hash_rows(_gather(rows, suspects[part]), seed=0)
-    _, begin, group = np.unique(hashes, return_index=True, return_inverse=True)
+    keys: npt.NDArray[Any] = square[suspects]
+    if not _group_copies(rows, suspects, keys, first, batch_size):
+        keys = np.empty(len(suspects), np.uint64)
+        for part in blocks(len(suspects), batch_size):
+            keys[part] = hash_rows(_gather(rows, suspects[part]), seed=0)
+        _group_copies(rows, suspects, keys, first, batch_size)
+    return first
+
+
+def _group_copies(rows: RankedRows, suspects: Int64, keys: npt.NDArray[Any], first: Int64, batch_size: int) -> bool:
+    """Note which rows equal the first with the same key; returns whether all do that share a key with another."""
+    _, begin, group = np.unique(keys, return_index=True, return_inverse=True)
     origin = suspects[begin[group]]
     later = np.flatnonzero(origin != suspects)
+    n_equal = 0
     for part in blocks(len(later), batch_size):
         some = later[part]
         targets, at = np.unique(origin[some], return_inverse=True)
         equal = (_gather(rows, suspects[some]) == _gather(rows, targets)[at]).all(axis=1)
         first[suspects[some[equal]]] = origin[some[equal]]
-    return first
+        n_equal += int(np.count_nonzero(equal))
+    return n_equal == len(later)
 
 
 def _gather(rows: RankedRows, positions: Int64) -> Float32:
