@@ -215,7 +215,7 @@ def test_a_hundred_thousand_identical_rows_take_no_time():
     assert np.count_nonzero(got.duplicate) == 100_000 - 3
 
 
-@pytest.mark.parametrize("spread", [1e-4, 0.01, 0.1])
+@pytest.mark.parametrize("spread", [pytest.param(1e-4, marks=pytest.mark.slow), 0.01, 0.1])
 def test_thousands_of_almost_equal_rows_take_little_memory(spread):
     """All pairs are within eps, and with the smallest spread no product tells which is the best."""
     n, dim = 5000, 16
