@@ -1,5 +1,6 @@
 """`match_ranked` against brute force in float64."""
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +15,6 @@ from untwin.core.similarity import (
     RankedArray,
     is_duplicate,
     match_ranked,
-    memory_stores,
     score_counts,
     threshold,
 )
@@ -76,19 +76,16 @@ def clustered(rng, n, dim, *, spread=0.1):
     return X
 
 
-class Recorded:
-    """Stores that keep every appended piece by itself, as files would."""
+class OnDisk:
+    """Rows that are not in memory."""
 
-    def __init__(self):
-        self.pieces = []
+    def __init__(self, X):
+        self._X = X
+        self.n, self.dim = X.shape
 
-    def append(self, X, positions):
-        self.pieces.append((X.copy(), positions.copy()))
-
-    def tiles(self, max_rows):
-        for X, positions in self.pieces:
-            for start in range(0, len(X), max_rows):
-                yield X[start : start + max_rows], positions[start : start + max_rows]
+    def take(self, lo, hi):
+        assert 0 <= lo < hi <= self.n
+        return self._X[lo:hi].copy()
 
 
 @pytest.mark.parametrize("batch_size", range(1, 7))
@@ -145,6 +142,7 @@ def test_small_matrix_tiles_change_nothing(monkeypatch):
     want = brute_force(X, 0.05, "kept")
     for side, columns, read in ((1, 3, 7), (16, 5, 5), (33, 64, 100)):
         monkeypatch.setattr(similarity, "_SLICE_ROWS", side)
+        monkeypatch.setattr(similarity, "_STRIP_ROWS", 2 * side + 1)
         monkeypatch.setattr(similarity, "_TILE_COLUMNS", columns)
         monkeypatch.setattr(similarity, "_READ_BYTES", 4 * 12 * read)
         assert_same(match_ranked(RankedArray(X), eps=0.05, batch_size=50), want)
@@ -156,33 +154,21 @@ def test_products_with_the_largest_allowed_error_change_nothing(monkeypatch):
     X = clustered(rng, 200, 64, spread=0.02)
     margin = product_error(64) - 3 * 2.0**-24
     monkeypatch.setattr(similarity, "_TILE_COLUMNS", 50)
-    original = similarity._Best.offer
-    original_neighbours = similarity._Resolver._neighbours
+    original, notes = similarity._Resolver._note, []
 
-    def disturb(products, left, right):
-        exact = rowwise_dot(np.repeat(left.X, len(right), axis=0), np.tile(right.X, (len(left), 1))).reshape(
-            products.shape
-        )
-        return np.where(products < -3, products, exact + margin * rng.choice([-1, 1], products.shape)).astype(
-            np.float32
-        )
+    def disturbed(self, strip, products, first, around, **options):
+        left, right = strip.rows.X, self.held.X[first : first + products.shape[1]]
+        exact = rowwise_dot(np.repeat(left, len(right), axis=0), np.tile(right, (len(left), 1)))
+        wrong = exact.reshape(products.shape) + margin * rng.choice([-1, 1], products.shape)
+        notes.append(products.size)
+        original(self, strip, np.where(products < -3, products, wrong).astype(np.float32), first, around, **options)
 
-    monkeypatch.setattr(
-        similarity._Best,
-        "offer",
-        lambda self, products, left, right, floor=None: original(
-            self, disturb(products, left, right), left, right, floor
-        ),
-    )
-    monkeypatch.setattr(
-        similarity._Resolver,
-        "_neighbours",
-        lambda self, products, square: original_neighbours(self, disturb(products, square, square), square),
-    )
+    monkeypatch.setattr(similarity._Resolver, "_note", disturbed)
     for compare_to in ("kept", "ranked"):
         for eps in (0.001, 0.01, 0.1):
             got = match_ranked(RankedArray(X), eps=eps, compare_to=compare_to, batch_size=70)
             assert_same(got, brute_force(X, eps, compare_to))
+    assert sum(notes) > 6 * len(np.unique(X, axis=0)) ** 2 / 2
 
 
 @given(
@@ -229,6 +215,26 @@ def test_a_hundred_thousand_identical_rows_take_no_time():
     assert np.count_nonzero(got.duplicate) == 100_000 - 3
 
 
+@pytest.mark.parametrize("spread", [pytest.param(1e-4, marks=pytest.mark.slow), 0.01, 0.1])
+def test_thousands_of_almost_equal_rows_take_little_memory(spread):
+    """All pairs are within eps, and with the smallest spread no product tells which is the best."""
+    n, dim = 5000, 16
+    rng = np.random.default_rng(9)
+    X, _ = normalize(1 + spread * rng.standard_normal((n, dim)))
+    tracemalloc.start()
+    got = match_ranked(RankedArray(X), eps=0.3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.flatnonzero(~got.duplicate).tolist() == [0]
+    assert (got.kept_match[1:] == 0).all()
+    assert peak < 40e6 < 4 * n * n / 2
+    for i in rng.integers(1, n, 20).tolist():
+        scores = rowwise_dot(X[:i], np.broadcast_to(X[i], (i, dim)))
+        scores /= np.sqrt(rowwise_dot(X[: i + 1], X[: i + 1])[:i] * rowwise_dot(X[i : i + 1], X[i : i + 1]))
+        assert got.match[i] == np.argmax(np.minimum(scores, 1))
+        assert got.score[i] == np.float32(min(scores.max(), 1))
+
+
 def test_rows_are_taken_in_the_given_order():
     rng = np.random.default_rng(2)
     X, order = clustered(rng, 80, 5), rng.permutation(80)
@@ -236,30 +242,20 @@ def test_rows_are_taken_in_the_given_order():
 
 
 @pytest.mark.parametrize("compare_to", ["kept", "ranked"])
-def test_stores_from_outside_give_the_same_answer(compare_to):
+def test_rows_that_are_not_in_memory_give_the_same_answer(monkeypatch, compare_to):
     X = clustered(np.random.default_rng(3), 400, 6)
-    want = match_ranked(RankedArray(X), eps=0.02, compare_to=compare_to)
-    got = match_ranked(
-        RankedArray(X),
-        eps=0.02,
-        compare_to=compare_to,
-        batch_size=37,
-        store_factory=lambda n, dim: (Recorded(), Recorded()),
-    )
-    assert_same(got, want)
-
-
-def test_memory_stores_share_one_buffer_without_overlap():
-    kept, removed = memory_stores(5, 2)
-    rows = np.arange(10, dtype=np.float32).reshape(5, 2)
-    kept.append(rows[:2], np.array([0, 1]))
-    removed.append(rows[2:3], np.array([2]))
-    kept.append(rows[3:4], np.array([3]))
-    removed.append(rows[4:], np.array([4]))
-    for store, want in ((kept, {0, 1, 3}), (removed, {2, 4})):
-        found = [(k, row) for X, positions in store.tiles(1) for k, row in zip(positions, X, strict=True)]
-        assert {int(k) for k, _ in found} == want
-        assert all((row == rows[k]).all() for k, row in found)
+    monkeypatch.setattr(similarity, "_TILE_COLUMNS", 40)
+    for read in (4 * 6 * 50, 16 << 20):
+        monkeypatch.setattr(similarity, "_READ_BYTES", read)
+        for eps in (None, 0.02):
+            want = brute_force(X, eps, compare_to)
+            for batch_size in (37, 150, 1000):
+                with ThreadPoolExecutor(3) as pool:
+                    for run in (None, pool.map):
+                        got = match_ranked(
+                            OnDisk(X), eps=eps, compare_to=compare_to, batch_size=batch_size, executor_map=run
+                        )
+                        assert_same(got, want)
 
 
 def test_opposite_rows_score_minus_one_and_one_row_scores_zero():

@@ -17,9 +17,9 @@ def rows_in_products(monkeypatch):
     counts = []
     judge = similarity._Resolver._judge
 
-    def counting(self, batch, stores):
-        counts.append(len(batch))
-        return judge(self, batch, stores)
+    def counting(self, part):
+        counts.append(part.stop - part.start)
+        return judge(self, part)
 
     monkeypatch.setattr(similarity._Resolver, "_judge", counting)
     return counts

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from untwin.core import RankedArray, match_ranked, memory_stores, normalize
+from untwin.core import RankedArray, match_ranked, normalize
 from untwin.storage.spool import RankedFile, VectorFile, scratch_folder
 
 
@@ -60,25 +60,16 @@ def test_a_ranked_file_is_a_ranked_array(tmp_path, rows):
 
 
 @pytest.mark.parametrize("compare_to", ["kept", "ranked"])
-def test_matching_with_stores_on_the_disk_gives_the_same_bits(tmp_path, rows, compare_to):
+def test_matching_from_the_disk_gives_the_same_bits(tmp_path, rows, compare_to):
     X = np.concatenate([rows, rows[::4], rows[::4]])
     order = np.random.default_rng(3).permutation(len(X))
-    files = []
-
-    def stores(_, dim):
-        files.extend([VectorFile(str(tmp_path), dim), VectorFile(str(tmp_path), dim)])
-        return files[0], files[1]
-
+    options = {"eps": 0.2, "compare_to": compare_to, "batch_size": 16}
     with filled(X, tmp_path) as file:
-        options = {"eps": 0.2, "compare_to": compare_to, "batch_size": 16}
-        disk = match_ranked(RankedFile(file, order), store_factory=stores, **options)
-    memory = match_ranked(RankedArray(X, order), store_factory=memory_stores, **options)
+        disk = match_ranked(RankedFile(file, order), **options)
+    memory = match_ranked(RankedArray(X, order), **options)
     for name in ("score", "match", "kept_score", "kept_match", "duplicate"):
         np.testing.assert_array_equal(getattr(disk, name), getattr(memory, name))
     assert memory.duplicate.sum() >= 52
-    assert files[0].n_rows > 0
-    for store in files:
-        store.close()
 
 
 def test_nothing_is_left_on_the_disk(tmp_path, rows):

@@ -18,10 +18,10 @@ import numpy.typing as npt
 from untwin.core.similarity import (
     _TILE_COLUMNS,
     CompareTo,
+    DistinctRows,
     RankedArray,
     RankedRows,
     _first_copies,
-    _gather,
     _pair_cosine,
     _Rows,
     _squares,
@@ -254,17 +254,6 @@ def reopen(
     return _Reopening(rows, match, kept_match, removed, outside, limit, compare_to).run()
 
 
-class _Distinct:
-    """`RankedRows` without later copies of a row."""
-
-    def __init__(self, rows: RankedRows, positions: Int64) -> None:
-        self._rows, self._positions = rows, positions
-        self.n, self.dim = len(positions), rows.dim
-
-    def take(self, lo: int, hi: int) -> Float32:
-        return _gather(self._rows, self._positions[lo:hi])
-
-
 class _Reopening:
     """One call of `reopen`. It works on distinct rows, numbered in rank order; later copies come last.
 
@@ -289,7 +278,7 @@ class _Reopening:
         self.first = _first_copies(rows, self.square, _READ_ROWS)
         self.distinct = self.first == np.arange(rows.n)
         self.position = np.flatnonzero(self.distinct)
-        self.rows = _Distinct(rows, self.position)
+        self.rows = DistinctRows(rows, self.position)
         self.touched = outside.copy()
         self.found: list[tuple[Int64, Int64, Float64]] = []
         self.near: dict[int, tuple[Int64, Float64]] = {}

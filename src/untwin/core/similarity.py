@@ -8,9 +8,10 @@ thread count or BLAS.
 from __future__ import annotations
 
 import numbers
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.intp]
 CompareTo = Literal["kept", "ranked"]
 
 EPS_GRID: tuple[float, ...] = (
@@ -32,10 +34,12 @@ EPS_GRID: tuple[float, ...] = (
 )
 """The values of eps for which counts are reported."""
 
+_STRIP_ROWS = 768
+"""Rows that are judged together, and rows of one matrix product: fewer make it slower."""
 _SLICE_ROWS = 256
-"""Rows of one matrix product, and the side of the diagonal squares that are resolved in rank order."""
+"""As `_STRIP_ROWS` where threads share the rows, and the side of the squares on the diagonal."""
 _TILE_COLUMNS = 1024
-"""Columns of one matrix product: 256 x 1024 float32 results are 1 MB, about a core's L2 cache."""
+"""Columns of one matrix product."""
 _READ_BYTES = 16 << 20
 """Bytes of rows that are asked from a store at a time, about."""
 _NOTHING = -2.0
@@ -78,52 +82,27 @@ class RankedArray:
 
     def take(self, lo: int, hi: int) -> Float32:
         """Rows of rank `lo` to `hi - 1`: (hi - lo, D) float32, C-contiguous."""
-        return self._X[lo:hi] if self._order is None else self._X.take(self._order[lo:hi], axis=0)
+        return self._X[lo:hi] if self._order is None else self.gather(np.arange(lo, hi))
+
+    def gather(self, positions: Int64) -> Float32:
+        """Rows of any ranks: (m, D) float32, C-contiguous."""
+        return self._X.take(positions if self._order is None else self._order[positions], axis=0)
 
 
-class RowStore(Protocol):
-    """Rows that are judged already; append-only. Used from one thread at a time."""
+class DistinctRows:
+    """`RankedRows` without later copies of a row; `positions` are those of the others."""
 
-    def append(self, X: Float32, positions: Int64) -> None:
-        """Add (m, D) rows and their (m,) positions, which ascend over all calls."""
+    def __init__(self, rows: RankedRows, positions: Int64) -> None:
+        self._rows, self._positions = rows, positions
+        self.n, self.dim = len(positions), rows.dim
 
-    def tiles(self, max_rows: int) -> Iterator[tuple[Float32, Int64]]:
-        """All rows so far, C-contiguous, with positions; at most `max_rows` at a time.
-
-        Positions of a store of kept rows must ascend; for removed rows the order does not matter.
-        """
+    def take(self, lo: int, hi: int) -> Float32:
+        """Rows `lo` to `hi - 1` of those that are left: (hi - lo, D) float32, C-contiguous."""
+        return _gather(self._rows, self._positions[lo:hi])
 
 
-StoreFactory = Callable[[int, int], tuple[RowStore, RowStore]]
-"""(n, dim) -> (store of kept rows, store of removed rows); together they receive at most n rows."""
 ExecutorMap = Callable[[Callable[[Any], Any], Sequence[Any]], Any]
 """Like `map` or `ThreadPoolExecutor.map`."""
-
-
-class _MemoryStore:
-    """One end of a shared (n, D) buffer: kept rows fill it from the front, removed rows from the back."""
-
-    def __init__(self, buffer: Float32, positions: Int64, *, from_back: bool) -> None:
-        self._buffer, self._positions, self._from_back = buffer, positions, from_back
-        self._count = 0
-
-    def append(self, X: Float32, positions: Int64) -> None:
-        start = len(self._buffer) - self._count - len(X) if self._from_back else self._count
-        self._buffer[start : start + len(X)] = X
-        self._positions[start : start + len(X)] = positions
-        self._count += len(X)
-
-    def tiles(self, max_rows: int) -> Iterator[tuple[Float32, Int64]]:
-        start = len(self._buffer) - self._count if self._from_back else 0
-        for rows in blocks(self._count, max_rows):
-            part = slice(start + rows.start, start + rows.stop)
-            yield self._buffer[part], self._positions[part]
-
-
-def memory_stores(n: int, dim: int) -> tuple[RowStore, RowStore]:
-    """Make stores for kept and removed rows that share one (n, dim) float32 buffer in memory."""
-    buffer, positions = np.empty((n, dim), np.float32), np.empty(n, np.int64)
-    return _MemoryStore(buffer, positions, from_back=False), _MemoryStore(buffer, positions, from_back=True)
 
 
 @dataclass(frozen=True)
@@ -166,7 +145,8 @@ def is_duplicate(score: npt.ArrayLike, eps: float) -> Bool:
 
 def score_counts(score: Float32, grid: Sequence[float] = EPS_GRID) -> Int64:
     """Count the (n,) scores that are duplicates at each eps of `grid`; int64. First rows never are."""
-    return np.array([np.count_nonzero(is_duplicate(score, eps)) for eps in grid], dtype=np.int64)
+    ordered = np.sort(score[~np.isnan(score)].astype(np.float32))
+    return len(ordered) - np.searchsorted(ordered, np.array([threshold(eps) for eps in grid], np.float32))
 
 
 def match_ranked(
@@ -176,7 +156,6 @@ def match_ranked(
     compare_to: CompareTo = "kept",
     batch_size: int = 1024,
     executor_map: ExecutorMap | None = None,
-    store_factory: StoreFactory | None = None,
 ) -> Matches:
     """Find each row's most similar better-ranked row and, given eps, the duplicates and their witnesses.
 
@@ -207,18 +186,17 @@ def match_ranked(
     Parameters
     ----------
     rows
-        Unit rows, as `normalize` makes them, in rank order.
+        Unit rows, as `normalize` makes them, in rank order. Those of a `RankedArray` are copied once, in that
+        order; others are taken batch by batch, and all better-ranked ones again for each batch.
     eps
         In (0, 1); None if only score and match are wanted.
     compare_to
         See above.
     batch_size
-        Rows that are judged against the stores at a time: a larger batch reads the stores less often. Not a
-        bit of the result depends on it.
+        Rows that are judged at a time: with larger batches, rows that are not in memory are read less often. Not
+        a bit of the result depends on it.
     executor_map
         Map-like callable. If given, the products of a batch run in it, 256 rows each; for giant clusters.
-    store_factory
-        Makes the stores of judged rows; in memory (a copy of all rows) if None.
 
     Raises:
     ------
@@ -230,14 +208,7 @@ def match_ranked(
         raise ParameterError(f"compare_to must be 'kept' or 'ranked', not {compare_to!r}")
     if batch_size < 1:
         raise ParameterError(f"pairwise_batch_size must be at least 1, not {batch_size}")
-    return _Resolver(
-        rows,
-        eps=eps,
-        compare_to=compare_to,
-        batch_size=batch_size,
-        executor_map=executor_map or map,
-        store_factory=store_factory or memory_stores,
-    ).run()
+    return _Resolver(rows, eps, compare_to, batch_size, executor_map).run()
 
 
 class _Best:
@@ -253,11 +224,6 @@ class _Best:
     def part(self, rows: slice) -> _Best:
         """View some rows."""
         return _Best(self.value[rows], self.position[rows])
-
-    def joined(self, other: _Best) -> _Best:
-        """Take the better of two for every row."""
-        use = (other.value > self.value) | ((other.value == self.value) & (other.position < self.position))
-        return _Best(np.where(use, other.value, self.value), np.where(use, other.position, self.position))
 
     def offer(self, products: Float32, left: _Rows, right: _Rows, floor: Float64 | None = None) -> None:
         """Take approximate products (left x right) into account; those below `floor` do not matter."""
@@ -279,9 +245,10 @@ class _Best:
         i, j = _thin_out(i, j, left, right)
         value = _pair_cosine(left, i, right, j)
         position = right.position[j]
-        order = np.lexsort((position, -value, i))
-        lead = order[np.flatnonzero(np.diff(i[order], prepend=-1))]
-        i, value, position = i[lead], value[lead], position[lead]
+        if not (i[1:] > i[:-1]).all():
+            order = np.lexsort((position, -value, i))
+            lead = order[np.flatnonzero(np.diff(i[order], prepend=-1))]
+            i, value, position = i[lead], value[lead], position[lead]
         better = (value > self.value[i]) | ((value == self.value[i]) & (position < self.position[i]))
         i = i[better]
         self.value[i], self.position[i] = value[better], position[better]
@@ -302,131 +269,248 @@ class _Rows:
         return len(self.position)
 
 
+class _Candidates:
+    """For each row of a strip, the pairs of which one is its best: products tell no more.
+
+    Args:
+        rows: The strip.
+        floor: The least product that matters.
+    """
+
+    def __init__(self, rows: _Rows, floor: float) -> None:
+        self._rows, self._floor = rows, np.float32(floor)
+        # with room for the rounding of the difference
+        self._slack = np.float32(2 * product_error(rows.X.shape[1]) + 2.0**-23)
+        self.best = _Best.empty(len(rows))
+        """What is known exactly."""
+        self.top = np.full(len(rows), np.float32(_NOTHING))
+        """The largest product so far."""
+        self._pairs: list[tuple[Indices, Indices, Float32]] = []
+        self._n_pairs = 0
+
+    def bar(self) -> Float32:
+        """Return the least product with which a pair can be the best of its row."""
+        bar: Float32 = self.top - self._slack
+        return np.maximum(bar, self._floor, out=bar)
+
+    def add(self, i: Indices, j: Indices, product: Float32, around: _Around) -> None:
+        """Note pairs: row of the strip, index of the other row, product."""
+        np.maximum.at(self.top, i, product)
+        near = product >= self.bar()[i]
+        self._pairs.append((i[near], j[near], product[near]))
+        self._n_pairs += len(self._pairs[-1][0])
+        if self._n_pairs > 16 * len(self.top) + 4096:
+            self.settle(around)
+
+    def settle(self, around: _Around, rows: Bool | None = None) -> None:
+        """Compute the pairs of all rows, or of some, exactly; all other rows of the pairs are in `around`."""
+        if not self._n_pairs:
+            return
+        i, j, product = _joined(self._pairs)
+        self._pairs, self._n_pairs = [], 0
+        near = product >= self.bar()[i]
+        if rows is not None:
+            near &= rows[i]
+        i, j = i[near], j[near] - around.start
+        if not (i[1:] >= i[:-1]).all():
+            order = np.argsort(i, kind="stable")
+            i, j = i[order], j[order]
+        if len(i):
+            self.best.offer_pairs(i, j, self._rows, around.rows)
+
+
+@dataclass(frozen=True)
+class _Around:
+    """Rows that others are compared with, of which the first has index `start`."""
+
+    rows: _Rows
+    start: int
+
+
+class _Strip:
+    """Rows that are judged together: what is found for them is noted here, by one thread at a time."""
+
+    def __init__(self, rows: _Rows, low: float) -> None:
+        self.rows = rows
+        self.best, self.kept = _Candidates(rows, _NOTHING), _Candidates(rows, low)
+        self.inside: list[tuple[Indices, Indices, Float32]] = []
+        """Pairs of rows of the strip that may be within eps."""
+
+
 class _Resolver:
-    """One call of `match_ranked`: the arrays of the answer, and the steps that fill them."""
+    """One call of `match_ranked`: the arrays of the answer, and the steps that fill them.
+
+    Rows that are no copies are compared strip by strip, in rank order. A product of a row with a better-ranked one
+    counts for its match, and, if the other is kept, for its witness.
+    """
 
     def __init__(
         self,
         rows: RankedRows,
-        *,
         eps: float | None,
         compare_to: CompareTo,
         batch_size: int,
-        executor_map: ExecutorMap,
-        store_factory: StoreFactory,
+        executor_map: ExecutorMap | None,
     ) -> None:
-        self.rows, self.n, self.dim = rows, rows.n, rows.dim
+        self.rows, self.n = rows, rows.n
         self.limit = None if eps is None else threshold(eps)
-        self.compare_to, self.batch_size, self.executor_map = compare_to, batch_size, executor_map
-        self.store_factory = store_factory
+        self.compare_to, self.batch_size = compare_to, batch_size
+        self.executor_map = executor_map or map
+        self.strip_rows = _STRIP_ROWS if executor_map is None else _SLICE_ROWS
+        self.error = product_error(rows.dim)
+        self.high = np.inf if self.limit is None else float(np.float32(float(self.limit) + self.error))
+        self.low = np.inf if self.limit is None else float(float32_below(float(self.limit) - self.error))
         self.best = _Best.empty(self.n)
         self.witness = _Best.empty(self.n)
         self.removed = np.zeros(self.n, np.bool_)
+        self.held: _Rows | None = None
+        """All rows that are no copies, if they are in memory."""
 
     def run(self) -> Matches:
+        X = None
+        if isinstance(self.rows, RankedArray):
+            X = self.rows.take(0, self.n)
+            self.rows = RankedArray(X)
         self.square = _squares(self.rows, self.batch_size)
         if not (np.abs(self.square - 1) < 1e-5).all():
             raise ParameterError("rows must be of unit length: use untwin.core.normalize")
         first = _first_copies(self.rows, self.square, self.batch_size)
-        copies = np.flatnonzero(first != np.arange(self.n))
-        recheck = len(copies) > 0 and self.limit is not None and self.compare_to == "kept"
-
-        stores: tuple[RowStore, RowStore] | None = None
-        for part in blocks(self.n, self.batch_size):
-            batch = self._load(part, first)
-            if not len(batch):
-                continue
-            duplicate = self._judge(batch, stores)
-            if part.stop < self.n or recheck:
-                if stores is None:
-                    stores = self.store_factory(self.n, self.dim)
-                for store, chosen in zip(stores, (~duplicate, duplicate), strict=True):
-                    some = batch if chosen.all() else batch[chosen]
-                    if len(some):
-                        store.append(some.X, some.position)
+        distinct = first == np.arange(self.n)
+        self.position, copies = np.flatnonzero(distinct), np.flatnonzero(~distinct)
+        if X is not None:
+            X = _chosen(X, self.position) if len(copies) else X
+            self.held = _Rows(X, self.square[self.position], self.position)
+        elif len(copies):
+            self.rows = DistinctRows(self.rows, self.position)
+        at_once = self.batch_size if self.held is None or self.strip_rows == _SLICE_ROWS else self.strip_rows
+        for part in _even_blocks(len(self.position), at_once):
+            self._judge(part)
         self._copy_answers(first, copies)
-        if recheck and stores is not None:
-            self._recheck_copies(stores[0], first, copies)
+        if len(copies) and self.limit is not None and self.compare_to == "kept":
+            self._recheck_copies(first, copies)
         return self._answer()
 
-    def _load(self, part: slice, first: Int64) -> _Rows:
-        """Take the distinct rows among some positions."""
-        X = self.rows.take(part.start, part.stop)
-        position = np.arange(part.start, part.stop)
-        batch = _Rows(X, self.square[part], position)
-        distinct = first[part] == position
-        return batch if distinct.all() else batch[distinct]
+    def _take(self, part: slice) -> _Rows:
+        """Some of the rows that are no copies."""
+        if self.held is not None:
+            return self.held[part]
+        position = self.position[part]
+        return _Rows(self.rows.take(part.start, part.stop), self.square[position], position)
 
-    def _judge(self, batch: _Rows, stores: tuple[RowStore, RowStore] | None) -> Bool:
-        """Resolve a batch against the judged rows and within itself; returns which rows are duplicates."""
-        over_kept, over_removed = _Best.empty(len(batch)), _Best.empty(len(batch))
-        slices = list(blocks(len(batch), _SLICE_ROWS))
+    def _tiles(self, start: int, stop: int) -> Iterator[_Around]:
+        """Rows that are no copies, as many at a time as are taken together."""
+        size = stop - start if self.held is not None else max(_TILE_COLUMNS, _READ_BYTES // (4 * self.rows.dim))
+        for part in blocks(stop - start, max(1, size)):
+            first = start + part.start
+            yield _Around(self._take(slice(first, start + part.stop)), first)
 
-        def compare(best: _Best, rows: slice, tile: _Rows, floor: Float64 | None) -> None:
-            part, left = best.part(rows), batch[rows]
-            for columns in blocks(len(tile), _TILE_COLUMNS):
-                right = tile[columns]
-                part.offer(left.X @ right.X.T, left, right, None if floor is None else floor[rows])
+    def _judge(self, part: slice) -> None:
+        """Resolve a batch of rows, which are compared with all better-ranked rows."""
+        batch = self._take(part)
+        strips = [_Strip(batch[rows], self.low) for rows in _even_blocks(len(batch), self.strip_rows)]
+        everything = None if self.held is None else _Around(self.held, 0)
 
-        def compare_all(best: _Best, store: RowStore, floor: Float64 | None) -> None:
-            for X, position in store.tiles(max(_TILE_COLUMNS, _READ_BYTES // (4 * self.dim))):
-                tile = _Rows(X, self.square[position], position)
-                list(self.executor_map(partial(compare, best, tile=tile, floor=floor), slices))
+        def compare(strip: _Strip, tile: _Around, around: _Around) -> None:
+            for columns in _even_blocks(len(tile.rows), _TILE_COLUMNS):
+                products = _products(strip.rows.X, tile.rows.X[columns])
+                self._note(strip, products, tile.start + columns.start, around)
 
-        if stores is not None:
-            compare_all(over_kept, stores[0], None)
-            compare_all(over_removed, stores[1], over_kept.value)
-        duplicate = np.zeros(len(batch), np.bool_)
-        for rows in slices:
-            judged = duplicate[: rows.start]
-            compare(over_kept, rows, _chosen(batch[: rows.start], ~judged), None)
-            if judged.any():
-                compare(over_removed, rows, _chosen(batch[: rows.start], judged), over_kept.value)
-            duplicate[rows] = self._resolve_square(batch[rows], over_kept.part(rows), over_removed.part(rows))
+        for tile in self._tiles(0, part.start):
+            list(self.executor_map(partial(compare, tile=tile, around=everything or tile), strips))
+            if everything is None:
+                for strip in strips:
+                    strip.best.settle(tile)
+                    strip.kept.settle(tile)
+        around, done = everything or _Around(batch, part.start), 0
+        for strip in strips:
+            compare(strip, _Around(batch[:done], part.start), around)
+            self._compare_inside(strip, part.start + done, around)
+            self._resolve(strip, part.start + done, around)
+            done += len(strip.rows)
 
-        best = over_kept.joined(over_removed)
-        self.best.value[batch.position], self.best.position[batch.position] = best.value, best.position
+    def _compare_inside(self, strip: _Strip, start: int, around: _Around) -> None:
+        """Compare the rows of a strip, of which the first has index `start`, with each other."""
+        products = _products(strip.rows.X, strip.rows.X)
+        np.copyto(products, _MASKED, where=_not_before(_STRIP_ROWS)[: len(products), : len(products)])
+        self._note(strip, products, start, around, inside=True)
+
+    def _note(self, strip: _Strip, products: Float32, start: int, around: _Around, *, inside: bool = False) -> None:
+        """Note what matters of the products of a strip with rows from index `start` on; spoils them."""
+        at = products.argmax(axis=1)
+        own = at + np.arange(0, products.size, products.shape[1])
+        top = products.reshape(-1).take(own)
+        np.maximum(strip.best.top, top, out=strip.best.top)
+        best_bar = strip.best.bar()
+        bar = np.minimum(best_bar, strip.kept.bar())
+        # of the strip itself, those may stay for which no earlier row is surely within eps
+        stays = (
+            self._decides(strip).top <= self.high
+            if inside
+            else ~self.removed[self.position[start : start + products.shape[1]]]
+        )
+
+        def note(i: Indices, j: Indices, product: Float32) -> None:
+            near = np.flatnonzero(product >= best_bar[i])
+            strip.best.add(i[near], j[near] + start, product[near], around)
+            near = np.flatnonzero((product >= self.low) & stays[j])
+            if not len(near):
+                return
+            if inside:
+                strip.inside.append((i[near], j[near], product[near]))
+            else:
+                strip.kept.add(i[near], j[near] + start, product[near], around)
+
+        matters = top >= bar
+        if not matters.any():
+            return
+        products.reshape(-1)[own] = _MASKED
+        several = products.max(axis=1) >= bar
+        products.reshape(-1)[own] = top
+        one, more = np.flatnonzero(matters & ~several), np.flatnonzero(several)
+        note(one, at[one], top[one])
+        for some in blocks(len(more), _SLICE_ROWS):
+            rows = more[some]
+            part = products.take(rows, axis=0)
+            matters = part >= bar[rows, None]
+            matters &= stays | (part >= best_bar[rows, None])
+            i, j = np.divmod(np.flatnonzero(matters), products.shape[1])
+            note(rows[i], j, part[i, j])
+
+    def _resolve(self, strip: _Strip, start: int, around: _Around) -> None:
+        """Decide who stays of a strip, of which the first row has index `start`, once all is compared."""
+        rows, position = strip.rows, strip.rows.position
         if self.limit is not None:
-            at = batch.position[duplicate]
+            decides = self._decides(strip)
+            if ((decides.top >= self.low) & (decides.top <= self.high)).any():
+                decides.settle(around)
+            duplicate = (decides.top > self.high) | (decides.best.value.astype(np.float32) >= self.limit)
+            if strip.inside:
+                i, j, product = _joined(strip.inside)
+                if self.compare_to == "kept":
+                    near = ~(duplicate[i] | duplicate[j])
+                    near[near] = self._within(rows, i[near], j[near], product[near])
+                    _resolve_in_order(i[near], j[near], duplicate)
+                near = duplicate[i] & ~duplicate[j]
+                strip.kept.add(i[near], j[near] + start, product[near], around)
+            strip.kept.settle(around, duplicate)
+            at = position[duplicate]
             self.removed[at] = True
-            self.witness.value[at] = over_kept.value[duplicate]
-            self.witness.position[at] = over_kept.position[duplicate]
-        return duplicate
+            self.witness.value[at] = strip.kept.best.value[duplicate]
+            self.witness.position[at] = strip.kept.best.position[duplicate]
+        strip.best.settle(around)
+        self.best.value[position], self.best.position[position] = strip.best.best.value, strip.best.best.position
 
-    def _resolve_square(self, square: _Rows, over_kept: _Best, over_removed: _Best) -> Bool:
-        """Compare up to 256 rows with each other and resolve them in rank order; updates the bests."""
-        products = square.X @ square.X.T
-        np.copyto(products, _MASKED, where=_not_before(len(square)))
-        if self.limit is None:
-            over_kept.offer(products, square, square)
-            return np.zeros(len(square), np.bool_)
-        near = self._neighbours(products, square)
-        if self.compare_to == "ranked":
-            found = np.maximum(over_kept.value, over_removed.value)
-            duplicate = (found.astype(np.float32) >= self.limit) | (near.any(axis=1) if near is not None else False)
-        else:
-            duplicate = over_kept.value.astype(np.float32) >= self.limit
-            if near is not None:
-                duplicate = _resolve_in_order(near, duplicate)
-        if not duplicate.any():
-            over_kept.offer(products, square, square)
-        else:
-            kept, removed = np.flatnonzero(~duplicate), np.flatnonzero(duplicate)
-            over_kept.offer(products.take(kept, axis=1), square, square[kept])
-            over_removed.offer(products.take(removed, axis=1), square, square[removed], over_kept.value)
-        return duplicate
+    def _decides(self, strip: _Strip) -> _Candidates:
+        """Return the pairs that decide who is removed."""
+        return strip.kept if self.compare_to == "kept" else strip.best
 
-    def _neighbours(self, products: Float32, square: _Rows) -> Bool | None:
-        """Which entries of the masked products are within eps, decided exactly; None if no entry is."""
+    def _within(self, rows: _Rows, i: Indices, j: Indices, product: Float32) -> Bool:
+        """Whether pairs of rows whose products are at least `low` are within eps."""
         assert self.limit is not None
-        error = product_error(self.dim)
-        low, high = float32_below(np.float64(self.limit) - error), np.float32(float(self.limit) + error)
-        if products.max() < low:
-            return None
-        near: Bool = products >= low
-        i, j = np.nonzero(near & (products <= high))
-        near[i, j] = _pair_cosine(square, i, square, j).astype(np.float32) >= self.limit
-        return near
+        within = product > self.high
+        unsure = np.flatnonzero(~within)
+        within[unsure] = _pair_cosine(rows, i[unsure], rows, j[unsure]).astype(np.float32) >= self.limit
+        return within
 
     def _copy_answers(self, first: Int64, copies: Int64) -> None:
         """Answers of later copies from those of the first; see `match_ranked` for why."""
@@ -440,34 +524,31 @@ class _Resolver:
             self.witness.value[copies] = np.where(removed, self.witness.value[origin], 1)
             self.witness.position[copies] = np.where(removed, self.witness.position[origin], origin)
 
-    def _recheck_copies(self, kept: RowStore, first: Int64, copies: Int64) -> None:
+    def _recheck_copies(self, first: Int64, copies: Int64) -> None:
         """For copies of removed rows, look among the kept rows between the first copy and this one."""
         copies = copies[self.removed[first[copies]]]
-        copies = copies[np.lexsort((copies, first[copies]))]
         if not len(copies):
             return
+        copies = copies[np.lexsort((copies, first[copies]))]
         origin = first[copies]
-        origins, begin = np.unique(origin, return_index=True)
+        origins, begin, group = np.unique(origin, return_index=True, return_inverse=True)
         last = copies[np.append(begin[1:], len(copies)) - 1]
-        error = product_error(self.dim)
-        for part in blocks(self.n, self.batch_size):
-            lo, hi = np.searchsorted(origins, (part.start, part.stop))
-            block = self._load(part, first) if lo < hi else None
-            for some in blocks(hi - lo, _SLICE_ROWS):
-                assert block is not None
-                at, until = origins[lo:hi][some], last[lo:hi][some]
-                left = block[np.searchsorted(block.position, at)]
-                mine = slice(*np.searchsorted(origin, (at[0], at[-1] + 1)))
-                for X, position in kept.tiles(_TILE_COLUMNS):
-                    right = _Rows(X, self.square[position], position)
-                    if position[-1] < at[0]:
-                        continue
-                    products = left.X @ right.X.T
-                    least = float32_below(self.witness.value[at] - error)
+        for some in blocks(len(origins), _SLICE_ROWS):
+            at, until = origins[some], last[some]
+            mine = slice(*np.searchsorted(origin, (at[0], at[-1] + 1)))
+            low, high = np.searchsorted(self.position, (at[0], until.max()))
+            index = np.searchsorted(self.position, at)
+            left = self.held[index] if self.held is not None else _Rows(_gather(self.rows, index), self.square[at], at)
+            for tile in self._tiles(low, high):
+                for columns in blocks(len(tile.rows), _TILE_COLUMNS):
+                    right = tile.rows[columns]
+                    products = _products(left.X, right.X)
+                    least = float32_below(self.witness.value[at] - self.error)
                     between = (right.position > at[:, None]) & (right.position < until[:, None])
+                    between &= ~self.removed[right.position]
                     i, j = np.nonzero((products >= least[:, None]) & between)
                     value = _pair_cosine(left, i, right, j)
-                    self._improve(copies[mine], np.searchsorted(at, origin[mine]), i, right.position[j], value)
+                    self._improve(copies[mine], group[mine] - some.start, i, right.position[j], value)
 
     def _improve(
         self,
@@ -506,13 +587,41 @@ class _Resolver:
         return Matches(score, match, kept_score, kept_match, self.removed)
 
 
-def _chosen(rows: _Rows, chosen: Bool) -> _Rows:
-    return rows if chosen.all() else rows[np.flatnonzero(chosen)]
+def _joined(pairs: list[tuple[Indices, Indices, Float32]]) -> tuple[Indices, Indices, Float32]:
+    i, j, product = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    return i, j, product
 
 
+def _chosen(X: Float32, positions: Int64) -> Float32:
+    """Rows at ascending positions; in the place of the others if the array is not a view of another."""
+    if not X.flags.owndata:
+        return X.take(positions, axis=0)
+    for part in blocks(len(positions), _TILE_COLUMNS):
+        X[part] = X[positions[part]]
+    return X[: len(positions)]
+
+
+_scratch = threading.local()
+
+
+def _scratch_matrix(rows: int, columns: int) -> Float32:
+    """(rows, columns) float32 that this thread uses again and again: fresh memory costs more than it seems."""
+    size = rows * columns
+    if not hasattr(_scratch, "values") or len(_scratch.values) < size:
+        _scratch.values = np.empty(max(size, _STRIP_ROWS * _TILE_COLUMNS), np.float32)
+    matrix: Float32 = _scratch.values[:size].reshape(rows, columns)
+    return matrix
+
+
+def _products(X: Float32, Y: Float32) -> Float32:
+    """(n, m) products of the rows of X with those of Y; good until this thread asks for others."""
+    return np.matmul(X, Y.T, out=_scratch_matrix(len(X), len(Y)))
+
+
+@lru_cache
 def _not_before(n: int) -> Bool:
     """(n, n): whether column j is not better ranked than row i."""
-    return np.arange(n) >= np.arange(n)[:, None]
+    return ~np.tri(n, k=-1, dtype=np.bool_)
 
 
 def _pair_cosine(left: _Rows, i: npt.NDArray[np.intp], right: _Rows, j: npt.NDArray[np.intp]) -> Float64:
@@ -547,16 +656,21 @@ def _thin_out(
     return i[keep], j[keep]
 
 
-def _resolve_in_order(near: Bool, duplicate: Bool) -> Bool:
-    """Resolve in rank order: duplicates are so already, or `near` (strictly lower triangle) a kept row."""
-    out = duplicate.copy()
-    packed = np.packbits(near, axis=1, bitorder="little")
-    kept = int.from_bytes(np.packbits(~duplicate, bitorder="little").tobytes(), "little")
-    for i in np.flatnonzero(near.any(axis=1) & ~duplicate).tolist():
-        if int.from_bytes(packed[i].tobytes(), "little") & kept:
-            out[i] = True
-            kept &= ~(1 << i)
-    return out
+def _even_blocks(n: int, size: int) -> Iterator[slice]:
+    """As few slices of at most `size` as cover `range(n)`, about equally long: products of thin matrices are slow."""
+    return blocks(n, -(-n // max(1, -(-n // size))) or 1)
+
+
+def _resolve_in_order(i: Indices, j: Indices, duplicate: Bool) -> None:
+    """Resolve in rank order, in place: row i becomes a duplicate if j < i is none, for all pairs within eps."""
+    if not len(i):
+        return
+    order = np.argsort(i, kind="stable")
+    out = bytearray(duplicate.tobytes())
+    for later, earlier in zip(i[order].tolist(), j[order].tolist(), strict=True):
+        if not out[earlier]:
+            out[later] = 1
+    duplicate[:] = np.frombuffer(out, np.bool_)
 
 
 def _squares(rows: RankedRows, batch_size: int) -> Float64:
@@ -571,8 +685,9 @@ def _squares(rows: RankedRows, batch_size: int) -> Float64:
 def _first_copies(rows: RankedRows, square: Float64, batch_size: int) -> Int64:
     """Position of the best-ranked bit-identical row (its own if none is better ranked); (n,) int64.
 
-    Only rows that share d(x, x) with another can be copies: the others are not even hashed. A hash collision
-    is found by comparing the rows, and only costs the shortcut.
+    Only rows that share d(x, x) with another can be copies: the others are not looked at. Where that is shared by
+    rows that differ, hashes are compared too. A hash collision is found by comparing the rows, and only costs the
+    shortcut.
     """
     first = np.arange(rows.n)
     order = np.argsort(square, kind="stable")
@@ -580,23 +695,41 @@ def _first_copies(rows: RankedRows, square: Float64, batch_size: int) -> Int64:
     suspects = np.sort(order[np.append(same, False) | np.insert(same, 0, False)]) if same.any() else order[:0]
     if not len(suspects):
         return first
-    hashes = np.empty(len(suspects), np.uint64)
-    for part in blocks(len(suspects), batch_size):
-        hashes[part] = hash_rows(_gather(rows, suspects[part]), seed=0)
-    _, begin, group = np.unique(hashes, return_index=True, return_inverse=True)
+    keys: npt.NDArray[Any] = square[suspects]
+    if not _group_copies(rows, suspects, keys, first, batch_size):
+        keys = np.empty(len(suspects), np.uint64)
+        for part in blocks(len(suspects), batch_size):
+            keys[part] = hash_rows(_gather(rows, suspects[part]), seed=0)
+        _group_copies(rows, suspects, keys, first, batch_size)
+    return first
+
+
+def _group_copies(rows: RankedRows, suspects: Int64, keys: npt.NDArray[Any], first: Int64, batch_size: int) -> bool:
+    """Note which rows equal the first with the same key; returns whether all do that share a key with another."""
+    _, begin, group = np.unique(keys, return_index=True, return_inverse=True)
     origin = suspects[begin[group]]
     later = np.flatnonzero(origin != suspects)
+    n_equal = 0
     for part in blocks(len(later), batch_size):
         some = later[part]
         targets, at = np.unique(origin[some], return_inverse=True)
         equal = (_gather(rows, suspects[some]) == _gather(rows, targets)[at]).all(axis=1)
         first[suspects[some[equal]]] = origin[some[equal]]
-    return first
+        n_equal += int(np.count_nonzero(equal))
+    return n_equal == len(later)
 
 
 def _gather(rows: RankedRows, positions: Int64) -> Float32:
     """Rows at ascending positions, by as few reads as there are runs."""
+    if isinstance(rows, RankedArray):
+        return rows.gather(positions)
     cut = np.flatnonzero(np.diff(positions) != 1) + 1
     starts, ends = positions[np.insert(cut, 0, 0)], positions[np.append(cut, len(positions)) - 1] + 1
-    parts = [rows.take(lo, hi) for lo, hi in zip(starts.tolist(), ends.tolist(), strict=True)]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if len(starts) == 1:
+        return rows.take(int(starts[0]), int(ends[0]))
+    out = np.empty((len(positions), rows.dim), np.float32)
+    done = 0
+    for lo, hi in zip(starts.tolist(), ends.tolist(), strict=True):
+        out[done : done + hi - lo] = rows.take(lo, hi)
+        done += hi - lo
+    return out

@@ -76,11 +76,27 @@ def rowwise_dot(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.floa
     n, dim = a.shape
     out = np.empty(n, np.float64)
     step = chunk_rows(dim)
-    scratch = np.empty((min(step, n), dim), np.float64)
+    left = np.empty((min(step, n), dim), np.float64)
+    right = left if a is b else np.empty_like(left)
     for rows in blocks(n, step):
-        products = np.multiply(a[rows], b[rows], out=scratch[: rows.stop - rows.start], dtype=np.float64)
-        np.add.reduce(products, axis=1, out=out[rows])
+        _dot_into(out[rows], a[rows], b[rows], left, right)
     return out
+
+
+def _dot_into(
+    out: npt.NDArray[np.float64],
+    a: npt.NDArray[Any],
+    b: npt.NDArray[Any],
+    left: npt.NDArray[np.float64],
+    right: npt.NDArray[np.float64],
+) -> None:
+    """Dot products of a few rows; converting first is faster than a product that converts."""
+    products = left[: len(out)]
+    np.copyto(products, a)
+    if right is not left:
+        np.copyto(right[: len(out)], b)
+    np.multiply(products, right[: len(out)], out=products)
+    np.add.reduce(products, axis=1, out=out)
 
 
 def pair_dot(
@@ -88,8 +104,10 @@ def pair_dot(
 ) -> npt.NDArray[np.float64]:
     """Fixed-order dot products of the pairs `X[i[k]], Y[j[k]]`; (m,) float64."""
     out = np.empty(len(i), np.float64)
-    for pairs in blocks(len(i), chunk_rows(X.shape[1])):
-        out[pairs] = rowwise_dot(X.take(i[pairs], axis=0), Y.take(j[pairs], axis=0))
+    step = chunk_rows(X.shape[1])
+    left, right = np.empty((2, min(step, len(i)), X.shape[1]), np.float64)
+    for pairs in blocks(len(i), step):
+        _dot_into(out[pairs], X.take(i[pairs], axis=0), Y.take(j[pairs], axis=0), left, right)
     return out
 
 

@@ -20,7 +20,7 @@ from untwin.core import (
     Matches,
     RankedArray,
     RankedRows,
-    RowStore,
+    blocks,
     is_duplicate,
     match_ranked,
     normalize,
@@ -301,10 +301,13 @@ class PairwiseStage(Stage):
             table = self._side_columns(table)
             order = self.ranking.order(table, self.id_field)
             return table, order, RankedArray(vectors, order)
-        spool = stack.enter_context(VectorFile(self._scratch(), task.dim))
-        table = self._side_columns(self._spooled(cluster, task, spool))
-        order = self.ranking.order(table, self.id_field)
-        return table, order, RankedFile(spool, order)
+        ranked = stack.enter_context(VectorFile(self._scratch(), task.dim))
+        with VectorFile(self._scratch(), task.dim) as spool:
+            table = self._side_columns(self._spooled(cluster, task, spool))
+            order = self.ranking.order(table, self.id_field)
+            for part in blocks(len(order), _spooled_batch(task.dim)):
+                ranked.append(spool.take(order[part]), np.arange(part.start, part.stop))
+        return table, order, RankedFile(ranked, np.arange(len(order)))
 
     def _scratch(self) -> str | None:
         return scratch_folder(self._work_path, remote=is_remote(self.output_path))
@@ -315,19 +318,12 @@ class PairwiseStage(Stage):
         """Rows without vectors, in the order of the files; their rank order; and their matches."""
         with ExitStack() as stack:
             table, order, rows = self.load(cluster, task, context, stack)
-
-            def stores(_: int, dim: int) -> tuple[RowStore, RowStore]:
-                folder = self._scratch()
-                return stack.enter_context(VectorFile(folder, dim)), stack.enter_context(VectorFile(folder, dim))
-
-            spooled = isinstance(rows, RankedFile)
             matches = match_ranked(
                 rows,
                 eps=self.eps,
                 compare_to=self.compare_to,  # type: ignore[arg-type]
-                batch_size=_spooled_batch(task.dim) if spooled else self.pairwise_batch_size,
+                batch_size=_spooled_batch(task.dim) if isinstance(rows, RankedFile) else self.pairwise_batch_size,
                 executor_map=context.map if context.threads > 1 else None,
-                store_factory=stores if spooled else None,
             )
             return table, order, matches
 
@@ -404,6 +400,8 @@ class Examples:
 
     def __init__(self) -> None:
         self._pairs: list[list[tuple[int, ExamplePair]]] = [[] for _ in EPS_GRID]
+        # the largest hash that can still be among the smallest of a step
+        self._bars = np.full(len(EPS_GRID), np.iinfo(np.uint64).max, np.uint64)
 
     def add(self, ids: pa.Array, max_ids: pa.ChunkedArray, score: NDArray[np.float32]) -> None:
         """Take the rows of a cluster into account."""
@@ -413,6 +411,8 @@ class Examples:
         if not len(inside):
             return
         hashes = hash_ids(ids.take(pa.array(inside)), EXAMPLES_SEED)
+        low = hashes <= self._bars[step[inside]]
+        inside, hashes = inside[low], hashes[low]
         order = np.lexsort((hashes, step[inside]))
         steps = step[inside][order]
         place = np.arange(len(order)) - np.searchsorted(steps, steps, side="left")
@@ -420,10 +420,14 @@ class Examples:
             row = int(inside[index])
             pair = ExamplePair(_as_text(ids[row]), _as_text(max_ids[row]), float(score[row]))
             self._pairs[int(step[row])].append((int(hashes[index]), pair))
+        for number in np.unique(steps).tolist():
+            pairs = self._pairs[number] = sorted(self._pairs[number], key=lambda item: item[0])[:_EXAMPLES]
+            if len(pairs) == _EXAMPLES:
+                self._bars[number] = pairs[-1][0]
 
     def chosen(self) -> tuple[tuple[tuple[int, ExamplePair], ...], ...]:
         """Those with the smallest hashes, with their hashes, for each step."""
-        return tuple(tuple(sorted(pairs, key=lambda item: item[0])[:_EXAMPLES]) for pairs in self._pairs)
+        return tuple(tuple(pairs) for pairs in self._pairs)
 
 
 def _as_text(value: pa.Scalar) -> str:
