@@ -174,7 +174,7 @@ class NearestCentroid:
         """Those nearest to each of (K, D) `centroids`, which this was made from: itself, then others in any order."""
         count = min(count, len(self._centroids))
         table = np.empty((len(centroids), count), np.intp)
-        for rows in slices_of(len(centroids), _ASSIGN_ROWS):
+        for rows in slices_of(len(centroids), _ASSIGN_ROWS // 4):
             scores = centroids[rows] @ self._centroids.T
             scores -= self._half_squares
             kth = np.partition(scores, -count, axis=1)[:, -count]
@@ -336,8 +336,9 @@ def fit(
     """Fit `n_clusters` centroids by Lloyd's algorithm.
 
     An iteration that leaves clusters empty moves them to the distinct rows that are farthest from their
-    centroids. It stops when no label changes, when the centroids' squared shifts sum up to at most `tol`
-    times the mean variance of a feature (as scikit-learn does), or after `max_iter` iterations.
+    centroids; with `n_neighbours`, where small clusters get empty more often, it splits the largest ones. It
+    stops when no label changes, when the centroids' squared shifts sum up to at most `tol` times the mean
+    variance of a feature (as scikit-learn does), or after `max_iter` iterations.
 
     Parameters
     ----------
