@@ -112,11 +112,80 @@ def test_near_ties_are_decided_exactly_whatever_the_batch():
         np.testing.assert_array_equal(np.concatenate(parts), label)
 
 
+@pytest.mark.parametrize("small_product", [0, 10**9])
+@pytest.mark.parametrize("n_neighbours", [1, 3, 25, 30])
+def test_labels_near_are_those_of_brute_force_among_the_neighbours(n_neighbours, small_product, monkeypatch):
+    """A row of a cluster counts its mean as it would be without the row, and the other means as they are."""
+    monkeypatch.setattr(kmeans, "_SMALL_PRODUCT", small_product)
+    X = clustered(3, 500, 9, n_centres=12)
+    X[50:60] = X[0]
+    old = np.random.default_rng(0).integers(0, 25, 500).astype(np.int32)
+    old[np.arange(500)[old == 7][1:]] = 8
+    old[old == 9] = 10
+    counts = np.bincount(old, minlength=25)
+    assert counts[7] == 1
+    assert counts[9] == 0
+    X64 = X.astype(np.float64)
+    C = np.stack([X64[old == k].mean(axis=0) if counts[k] else X64[9] for k in range(25)]).astype(np.float32)
+    C[20] = C[4]
+    finder = NearestCentroid(C)
+    between = exact_distances(C, C)
+    between[:, 20] = np.inf  # a copy is nobody's neighbour
+    near = between.argsort(axis=1, kind="stable")[:, :n_neighbours]
+    distance = exact_distances(X, C)
+    own = np.where(old == 20, 4, old)
+    rows = np.arange(500)
+    alone = counts[old] == 1
+    without = (C[own] * counts[old, None] - X64) / np.maximum(counts[old] - 1, 1)[:, None]
+    distance[rows, own] = np.where(alone, distance[rows, own], ((X64 - without) ** 2).sum(axis=1))
+    allowed = np.zeros((500, 25), bool)
+    allowed[rows[:, None], near[old]] = True
+    allowed[:, 20] = False
+    want = np.where(allowed, distance, np.inf).argmin(axis=1)
+    neighbours = finder.neighbours(C, n_neighbours)
+    got = finder.labels_near(X, old, neighbours, counts)
+    if n_neighbours > 1:
+        assert (want != old).sum() > 100
+    np.testing.assert_array_equal(got, want)
+    parts = [finder.labels_near(X[at : at + 7], old[at : at + 7], neighbours, counts) for at in range(0, 500, 7)]
+    np.testing.assert_array_equal(np.concatenate(parts), got)
+
+
+def test_neighbours_are_the_nearest_of_brute_force_and_first_the_centroid_itself():
+    C = clustered(4, 300, 6, n_centres=20, spread=0.2) * np.float32(0.8)
+    C[100:140] = C[0]
+    C[200:240, 0] *= np.float32(1 + 2.0**-22)
+    kept = np.r_[0:100, 140:300]
+    for count in (1, 2, 17, 400):
+        table = NearestCentroid(C).neighbours(C, count)
+        want = exact_distances(C, C[kept]).argsort(axis=1, kind="stable")[:, :count]
+        np.testing.assert_array_equal(np.sort(table, axis=1), np.sort(want, axis=1))
+        np.testing.assert_array_equal(C[kept][table[:, 0]], C)
+
+
+def test_few_neighbours_find_nearly_as_good_centroids_for_other_rows_as_all():
+    X = clustered(6, 12_000, 16, n_centres=200, spread=0.5)
+    few, every = (
+        fit(ArrayBlocks(X[:6000], hashes_of(6000)), 150, init="random", max_iter=20, n_neighbours=count)
+        for count in (20, None)
+    )
+    assert few.counts.min() > 0
+    assert nearest(X[6000:], few.centroids)[1].sum() <= nearest(X[6000:], every.centroids)[1].sum() * 1.02
+
+
+def test_a_cluster_that_loses_its_rows_splits_a_large_one():
+    X = clustered(13, 1000, 8, n_centres=10, spread=0.05)
+    got = fit(ArrayBlocks(X, hashes_of(1000)), 10, init=np.repeat(X[:1], 10, axis=0), n_neighbours=10)
+    assert got.counts.min() > 20
+
+
+@pytest.mark.parametrize("n_neighbours", [None, 6])
 @pytest.mark.parametrize("init", ["k-means||", "random", "array"])
-def test_fit_has_the_same_bits_for_any_order_partition_and_threads(init):
+def test_fit_has_the_same_bits_for_any_order_partition_and_threads(init, n_neighbours):
     X, hashes = clustered(2, 1000, 12), hashes_of(1000)
     X[500:520] = X[0]
     arguments = {"init": X[:25].copy() if init == "array" else init, "seed": 3, "n_init": 2}
+    arguments["n_neighbours"] = n_neighbours
     want = fit(ArrayBlocks(X, hashes), 25, **arguments)
     rng = np.random.default_rng(4)
     with ThreadPoolExecutor(4) as pool:
@@ -134,20 +203,22 @@ def test_fit_has_the_same_bits_for_any_order_partition_and_threads(init):
     points=st.lists(st.integers(0, 11), min_size=1, max_size=30),
     n_clusters=st.integers(1, 30),
     init=st.sampled_from(["k-means||", "random"]),
+    n_neighbours=st.sampled_from([None, 1, 4]),
     data=st.data(),
 )
-def test_few_distinct_rows_order_and_partition_change_nothing(points, n_clusters, init, data):
+def test_few_distinct_rows_order_and_partition_change_nothing(points, n_clusters, init, n_neighbours, data):
     n_clusters = min(n_clusters, len(points))
     angles = np.array(points) * np.pi / 6
     X, _ = normalize(np.stack([np.cos(angles), np.sin(angles)], axis=1))
     hashes = hashes_of(len(X))
-    want = fit(ArrayBlocks(X, hashes), n_clusters, init=init)
+    arguments = {"init": init, "n_neighbours": n_neighbours, "max_iter": 20}
+    want = fit(ArrayBlocks(X, hashes), n_clusters, **arguments)
     order = np.array(data.draw(st.permutations(range(len(X)))))
     cuts = data.draw(st.lists(st.integers(0, len(X)), max_size=3))
-    assert_same(fit(Ragged(X, hashes, order, cuts), n_clusters, init=init), want)
+    assert_same(fit(Ragged(X, hashes, order, cuts), n_clusters, **arguments), want)
     assert want.counts.sum() == len(X)
     assert np.isfinite(want.centroids).all()
-    if n_clusters >= len(set(points)):
+    if n_clusters >= len(set(points)) and n_neighbours is None:
         assert np.count_nonzero(want.counts) == len(set(points))
         assert want.inertia < 1e-12
 
@@ -266,6 +337,7 @@ def test_plus_plus_returns_no_row_twice_and_none_without_weight():
         ({"n_clusters": 2, "max_iter": 0}, "max_iter"),
         ({"n_clusters": 2, "tol": -1.0}, "tol"),
         ({"n_clusters": 2, "n_init": 0}, "n_init"),
+        ({"n_clusters": 2, "n_neighbours": 0}, "n_neighbours"),
         ({"n_clusters": 2, "oversampling_factor": 0.0}, "oversampling_factor"),
     ],
 )

@@ -85,7 +85,7 @@ def test_every_removed_row_has_a_kept_witness_within_eps_also_across_a_border(ru
     for path in parquet_files(out / "kmeans"):
         home |= dict.fromkeys(pq.read_table(path, partitioning=None)["id"].to_pylist(), path.parent.name)
     pairs = zip(duplicates["id"].to_pylist(), duplicates["kept_id"].to_pylist(), strict=True)
-    assert sum(home[row] != home[witness] for row, witness in pairs) > 10
+    assert sum(home[row] != home[witness] for row, witness in pairs) > 3
     assert result.n_kept + result.n_duplicates == len(home)
 
 

@@ -25,6 +25,8 @@ Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
+Neighbours = npt.NDArray[np.intp]
+"""(K, M) places among the distinct centroids: of each centroid itself (or what it is a copy of), then of others."""
 Init = Literal["k-means||", "random"] | Float32
 T = TypeVar("T")
 BlockMap = Callable[[Callable[[int], T], Iterable[int]], Iterable[T]]
@@ -32,6 +34,8 @@ BlockMap = Callable[[Callable[[int], T], Iterable[int]], Iterable[T]]
 
 _ASSIGN_ROWS = 1024
 _ASSIGN_COLUMNS = 1024
+_SMALL_PRODUCT = 1_000_000
+"""Multiplications that take as long as it takes to begin a product."""
 _SCALABLE_ROUNDS = 5
 _PROPOSALS = 128
 _FIRST, _SAMPLE, _PLUS_PLUS, _RANDOM, _FILL, _VECTOR = range(6)
@@ -82,6 +86,10 @@ class ArrayBlocks:
         rows = self._slices[index]
         return self._X[rows], self._hashes[rows]
 
+    def take(self, positions: Int64) -> Float32:
+        """Copy rows at any positions, counted over all blocks; (m, D) float32."""
+        return self._X.take(positions, axis=0)
+
 
 @dataclass(frozen=True)
 class KMeansResult:
@@ -122,14 +130,15 @@ class NearestCentroid:
         _, first, group = np.unique(hash_rows(centroids, 0), return_index=True, return_inverse=True)
         copy = (first[group] != np.arange(len(centroids))) & (centroids == centroids[first[group]]).all(axis=1)
         self._index = np.flatnonzero(~copy).astype(np.int32)
+        self._place = np.searchsorted(self._index, np.where(copy, first[group], np.arange(len(centroids))))
         self._centroids = centroids if not copy.any() else centroids[self._index]
         squares = rowwise_dot(self._centroids, self._centroids)
         self._half_squares = (squares / 2).astype(np.float32)
         largest = float(np.sqrt(squares.max(initial=0.0)))
         dim = centroids.shape[1]
         # As `product_error`, for centroids of any norm, and with the rounding of |c|^2 / 2 and of its
-        # subtraction.
-        self._error = 1.01 * 2.0**-24 * ((dim + 8) * largest + 2 * (largest + largest**2))
+        # subtraction; and with room for a centroid in the place of the row.
+        self._error = 1.01 * 2.0**-24 * ((dim + 8) * largest + 2 * (largest + largest**2)) * max(1.0, largest)
 
     def labels(self, X: Float32) -> Int32:
         """Find the centroid nearest to each (n, D) float32 unit row (ties: the lowest); (n,) int32."""
@@ -160,6 +169,61 @@ class NearestCentroid:
         for rows in slices_of(len(X), _ASSIGN_ROWS):
             out[rows, :count] = self._index[self._nearest_few(X[rows], count)]
         return out
+
+    def neighbours(self, centroids: Float32, count: int) -> Neighbours:
+        """Those nearest to each of (K, D) `centroids`, which this was made from: itself, then others in any order."""
+        count = min(count, len(self._centroids))
+        table = np.empty((len(centroids), count), np.intp)
+        for rows in slices_of(len(centroids), _ASSIGN_ROWS // 4):
+            scores = centroids[rows] @ self._centroids.T
+            scores -= self._half_squares
+            kth = np.partition(scores, -count, axis=1)[:, -count]
+            close = scores >= float32_below(kth - 2 * self._error)[:, None]
+            unsure = np.flatnonzero(close.sum(axis=1) > count)
+            close[unsure] = False
+            close[unsure[:, None], self._nearest_few(centroids[rows][unsure], count)] = True
+            table[rows] = np.flatnonzero(close).reshape(-1, count) % close.shape[1]
+        every = np.arange(len(table))
+        own = (table == self._place[:, None]).argmax(axis=1)
+        table[every, own] = table[:, 0]
+        table[:, 0] = self._place
+        return table
+
+    def labels_near(self, X: Float32, old: Int32, neighbours: Neighbours, counts: Int64) -> Int32:
+        """Find the nearest centroid among the neighbours of the one that a row had, as if that did not hold the row.
+
+        Args:
+            X: (n, D) float32 unit rows.
+            old: (n,) int32, the centroid that each row is part of.
+            neighbours: As the method of this name gives them.
+            counts: (K,) int64, rows that each centroid is the mean of. Without the row x, the mean c of n rows would
+                be n / (n - 1) times as far from x.
+
+        Returns:
+            (n,) int32; ties go to the lowest.
+        """
+        times = np.where(counts > 1, counts / np.maximum(counts - 1, 1), 1.0) ** 2
+        order = np.argsort(old, kind="stable")
+        rows = X if (old[1:] >= old[:-1]).all() else X.take(order, axis=0)
+        old = old[order]
+        starts = np.flatnonzero(np.diff(old, prepend=-1))
+        near = neighbours[old]
+        scores = np.empty(near.shape, np.float32)
+        if self._centroids.size * len(rows) < _SMALL_PRODUCT * len(starts):
+            for part in slices_of(len(rows), _ASSIGN_ROWS):
+                scores[part] = np.take_along_axis(rows[part] @ self._centroids.T, near[part], axis=1)
+        else:
+            for lo, hi in zip(starts, [*starts[1:], len(rows)], strict=True):
+                np.matmul(rows[lo:hi], self._centroids.take(near[lo], axis=0).T, out=scores[lo:hi])
+        scores -= self._half_squares[near]
+        # |x|^2 is 1 up to 2^-22, and |x - c|^2 = 1 - 2 score.
+        scores[:, 0] = 0.5 - times[old] * (0.5 - scores[:, 0])
+        error = (1 + times[old]) * (self._error + 2.0**-22)
+        flat = np.flatnonzero(scores >= float32_below(scores.max(axis=1) - error)[:, None])
+        found = self._settle(rows, flat // near.shape[1], near.reshape(-1)[flat], near[:, 0], times[old])
+        labels = np.empty(len(rows), np.int32)
+        labels[order] = self._index[found]
+        return labels
 
     def _nearest_few(self, X: Float32, count: int) -> npt.NDArray[np.intp]:
         """The (n, count) largest x.c - |c|^2 / 2 among the distinct centroids, in exact order."""
@@ -201,16 +265,38 @@ class NearestCentroid:
             i, j, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
             close = score >= float32_below(top - 2 * self._error)[i]
             i, j = i[close], j[close]
+        return self._settle(X, i, j)
+
+    def _settle(
+        self,
+        X: Float32,
+        i: npt.NDArray[np.intp],
+        j: npt.NDArray[np.intp],
+        own: npt.NDArray[np.intp] | None = None,
+        factor: Float64 | None = None,
+    ) -> npt.NDArray[np.intp]:
+        """The nearest j of each row i of X, where the squared distance to `own` counts `factor` times."""
         best = np.empty(len(X), np.intp)
         best[i] = j
         if len(i) > len(X):
             unsure = np.bincount(i, minlength=len(X))[i] > 1
             i, j = i[unsure], j[unsure]
             distance = pair_squared_distance(X, i, self._centroids, j)
+            if own is not None and factor is not None:
+                distance = np.where(j == own[i], factor[i] * distance, distance)
             order = np.lexsort((j, distance, i))
             lead = order[np.diff(i[order], prepend=-1) > 0]
             best[i[lead]] = j[lead]
         return best
+
+
+def _finder(centroids: Float32, n_neighbours: int | None, counts: Int64) -> Callable[[Float32, Int32], Int32]:
+    """What finds new labels from rows and their old labels."""
+    finder = NearestCentroid(centroids)
+    if n_neighbours is None:
+        return lambda X, old: finder.labels(X)
+    neighbours = finder.neighbours(centroids, n_neighbours)
+    return lambda X, old: finder.labels_near(X, old, neighbours, counts) if len(X) else old
 
 
 def nearest(X: Float32, centroids: Float32) -> tuple[Int32, Float64]:
@@ -243,14 +329,16 @@ def fit(
     tol: float = 1e-4,
     n_init: int = 1,
     oversampling_factor: float = 2.0,
+    n_neighbours: int | None = None,
     seed: int = 42,
     executor_map: BlockMap[Any] = map,
 ) -> KMeansResult:
     """Fit `n_clusters` centroids by Lloyd's algorithm.
 
     An iteration that leaves clusters empty moves them to the distinct rows that are farthest from their
-    centroids. It stops when no label changes, when the centroids' squared shifts sum up to at most `tol`
-    times the mean variance of a feature (as scikit-learn does), or after `max_iter` iterations.
+    centroids; with `n_neighbours`, where small clusters get empty more often, it splits the largest ones. It
+    stops when no label changes, when the centroids' squared shifts sum up to at most `tol` times the mean
+    variance of a feature (as scikit-learn does), or after `max_iter` iterations.
 
     Parameters
     ----------
@@ -268,6 +356,11 @@ def fit(
         Runs with derived seeds, of which the one with the least inertia counts; 1 is enough for an array.
     oversampling_factor
         Candidates per round of k-means||, as a multiple of K.
+    n_neighbours
+        From the second iteration on, compare a row only with so many centroids: those nearest to the one that the
+        row is part of, itself counted as if it did not hold the row (which a small cluster would not let go of
+        otherwise). The products then grow with the rows and not with the rows times K. None: all centroids, as
+        in Lloyd's algorithm.
     seed
         Any integer.
     executor_map
@@ -292,6 +385,8 @@ def fit(
         raise ParameterError(f"n_init must be at least 1, not {n_init}")
     if not oversampling_factor > 0:
         raise ParameterError(f"oversampling_factor must be greater than 0, not {oversampling_factor}")
+    if n_neighbours is not None and n_neighbours < 1:
+        raise ParameterError(f"n_neighbours must be at least 1, not {n_neighbours}")
     if isinstance(init, str):
         if init not in ("k-means||", "random"):
             raise ParameterError(f"init must be 'k-means||', 'random' or an array, not {init!r}")
@@ -310,7 +405,7 @@ def fit(
             start = run.random_rows(n_clusters, mix_seed(run_seed, _RANDOM))
         else:
             start = run.scalable_init(oversampling_factor, run_seed)
-        results.append(run.lloyd(start, max_iter, tol))
+        results.append(run.lloyd(start, max_iter, tol, n_neighbours))
     return min(results, key=lambda result: result.inertia)
 
 
@@ -417,7 +512,20 @@ class _Fit:
         self._each(work)
         return label, square
 
-    def lloyd(self, centroids: Float32, max_iter: int, tol: float) -> KMeansResult:
+    def _block(self, index: int) -> tuple[Int64, Float32]:
+        """Positions of a block's rows, and the rows."""
+        return np.arange(self.offsets[index], self.offsets[index + 1]), self.blocks.block(index)[0]
+
+    def _parts(self, label: Int32 | None) -> tuple[int, Callable[[int], tuple[Int64, Float32]]]:
+        """Number of parts, and what reads one, like `_block`: with clusters in one piece where that costs nothing."""
+        blocks = self.blocks
+        if label is None or not isinstance(blocks, ArrayBlocks):
+            return len(blocks), self._block
+        order = np.argsort(label, kind="stable")
+        parts = list(slices_of(self.n, 2 * _ASSIGN_ROWS))
+        return len(parts), lambda index: (order[parts[index]], blocks.take(order[parts[index]]))
+
+    def lloyd(self, centroids: Float32, max_iter: int, tol: float, n_neighbours: int | None) -> KMeansResult:
         """Lloyd's iterations from given centroids; sums change only by the rows that move, exactly."""
         label = np.full(self.n, -1, np.int32)
         sums = np.zeros((self.n_clusters, self.dim), np.int64)
@@ -425,12 +533,17 @@ class _Fit:
         n_iter = 0
         while n_iter < max_iter:
             n_iter += 1
-            finder = NearestCentroid(centroids)
+            find = _finder(centroids, n_neighbours if n_iter > 1 else None, counts.copy())
+            n_parts, part_of = self._parts(label if n_neighbours is not None and n_iter > 1 else None)
 
-            def work(index: int, finder: NearestCentroid = finder) -> int:
-                rows = self._rows_of(index)
-                X = self.blocks.block(index)[0]
-                new, old = finder.labels(X), label[rows].copy()
+            def work(
+                index: int,
+                find: Callable[[Float32, Int32], Int32] = find,
+                part_of: Callable[[int], tuple[Int64, Float32]] = part_of,
+            ) -> int:
+                rows, X = part_of(index)
+                old = label[rows]
+                new = find(X, old)
                 moved = np.flatnonzero(new != old)
                 label[rows] = new
                 if len(moved):
@@ -440,14 +553,19 @@ class _Fit:
                     self._add(sums, counts, values[settled], old[moved][settled], -1)
                 return len(moved)
 
-            changed = sum(self._each(work))
+            changed = sum(self._each(work, range(n_parts)))
             empty = np.flatnonzero(counts == 0)
-            reseeds = self._farthest(centroids, label, len(empty)) if len(empty) else centroids[:0]
-            if not changed and not len(reseeds):
-                break
             full = counts > 0
             moved_centroids = centroids.copy()
             moved_centroids[full] = sums[full] / (counts[full, None] * 2.0**self.bits)
+            if not len(empty):
+                reseeds = centroids[:0]
+            elif n_neighbours is None:
+                reseeds = self._farthest(centroids, label, len(empty))
+            else:
+                reseeds = self._halves(moved_centroids, counts, label, len(empty), n_iter)
+            if not changed and not len(reseeds):
+                break
             moved_centroids[empty[: len(reseeds)]] = reseeds
             shift = moved_centroids.astype(np.float64) - centroids
             centroids = moved_centroids
@@ -470,6 +588,19 @@ class _Fit:
         with self.lock:
             sums[present] += sign * part
             counts[present] += sign * (ends - starts)
+
+    def _halves(self, centroids: Float32, counts: Int64, label: Int32, count: int, seed: int) -> Float32:
+        """Up to `count` centroids that split the largest clusters: a bit nearer to a row of it than its own one."""
+        largest = np.argsort(-counts, kind="stable")[:count]
+        largest = largest[counts[largest] > 1]
+        keys = hash_integers(self.hashes, seed)
+        members = [np.flatnonzero(label == cluster) for cluster in largest]
+        positions = np.array([rows[keys[rows].argmin()] for rows in members], np.int64)
+        ascending = np.argsort(positions)
+        rows = np.empty((len(positions), self.dim), np.float32)
+        rows[ascending] = self.gather(positions[ascending])
+        own = centroids[largest].astype(np.float64)
+        return (own + (rows - own) / 8).astype(np.float32)
 
     def _farthest(self, centroids: Float32, label: Int32, count: int) -> Float32:
         """Up to `count` distinct rows that are farthest from, and not just rounded to, their centroids."""

@@ -54,6 +54,8 @@ CHOSEN = "choose-probes"
 CHECKED = "check"
 """Noted in the ledger once every row was found to be kept, duplicate or rejected."""
 _MAX_ITER = 20
+_NEIGHBOURS = 48
+"""Centroids that a row of the sample is compared with in an iteration but the first."""
 _UNIT_SPREAD = 1.12
 """Clusters are grouped into units by an estimate of their rows; a unit can have so many times the rows it aims at."""
 SIDE_BYTES = 150
@@ -268,6 +270,7 @@ class PreparedRun:
             init="random",
             on_repeated_id=parameters.on_repeated_id,
         )
+        kmeans.fit_options["n_neighbours"] = _NEIGHBOURS
         kmeans.rejected_path = folder.file("rejected")
         kmeans.prepare(self.listing, self.plan)
         n_clusters = self.plan.n_clusters

@@ -156,7 +156,7 @@ class KMeansStage(CompositeStage):
             # a folder of its own, because it is removed whole
             digest = hashlib.sha256(self.output_path.encode()).hexdigest()
             self.work_path = join(normalize_path(checks.path("cache_path", cache_path)), f"_untwin-{digest[:16]}")
-        self.fit_options = {
+        self.fit_options: dict[str, Any] = {
             "init": init,
             "max_iter": checks.whole("max_iter", max_iter),
             "tol": float(tol),
