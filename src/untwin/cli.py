@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from untwin.backends.base import Progress
     from untwin.jobs.result import RunResult
 
+# Of the rows' memory most is written once and read a few times: finding huge pages for it can take longer than to fill
+# it, where memory is in pieces. NumPy looks at this when it is first imported, which no command has done yet.
+os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
+
 F = TypeVar("F", bound=Callable[..., None])
 _log = logging.getLogger("untwin")
 
@@ -115,7 +119,7 @@ _shared = [
     click.option(
         "--memory",
         metavar="SIZE",
-        help="Memory for the data, as in 4GB. [default: 4GiB, at most half of all]",
+        help="Memory for the data, as in 4GB. [default: half of the machine's]",
     ),
     click.option("--workers", type=int, metavar="N", help="Threads. [default: all cores]"),
     click.option(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import pyarrow as pa
 from threadpoolctl import threadpool_limits
@@ -22,7 +23,9 @@ from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.storage.files import DISK_FULL, Recording, WrittenFile
 from untwin.storage.memory import Space
 
-_DEFAULT_MEMORY = 4 << 30
+_UNKNOWN_MEMORY = 8 << 30
+_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux tells how much memory a container may use, in its two versions."""
 _TIGHT_MEMORY = 512 << 20
 _M_MMAP_THRESHOLD = -3
 """Of glibc's `mallopt`."""
@@ -37,10 +40,14 @@ def default_workers() -> int:
 
 
 def default_memory() -> int:
-    """4 GiB, or half of the machine's memory if that is less."""
+    """Half of the machine's memory, or of what a container may use of it."""
+    limits = [_UNKNOWN_MEMORY]
     with suppress(ValueError, OSError):
-        return min(_DEFAULT_MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return _DEFAULT_MEMORY
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _LIMIT_FILES:
+        with suppress(ValueError, OSError):
+            limits.append(int(Path(path).read_text()))  # "max" where there is none
+    return min(limits) // 2
 
 
 class LocalExecutor(Executor):

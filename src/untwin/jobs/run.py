@@ -483,7 +483,7 @@ def deduplicate(
         kept: `compact` files of about 256 MB, `mirror` the input's files, or `none`.
         drop_intermediate: Remove `kmeans/` and `pairwise/` at the end.
         audit: Measure at the end what was missed at the borders of clusters, as `untwin.audit` does.
-        memory: Budget, as bytes or as in "4GB"; default 4 GiB, at most half of the machine's memory.
+        memory: Budget, as bytes or as in "4GB"; default half of the memory of the machine or container.
         workers: Threads; default: the cores this process may use.
         storage_options: For fsspec, input and output alike; never written or shown.
         overwrite: Remove an earlier run in `output_path` first.

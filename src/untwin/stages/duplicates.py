@@ -129,8 +129,8 @@ class _SelectStage(Stage):
         return SelectedTask(task.unit, n_rows, duplicates_path, groups_path, kept_rows_path, table.num_rows)
 
     def _read(self, path: str) -> tuple[pa.Table, NDArray[np.bool_]]:
-        facts = result_facts(self._source, path)
         table = read_table(self._source, path)
+        facts = result_facts(table)
         scores = table["cosine_sim_score"].to_numpy()
         made_with = facts.get("eps")
         _check_eps(self._eps, made_with)

@@ -45,7 +45,7 @@ from untwin.storage.columns import (
     list_lengths,
     matrix_of,
 )
-from untwin.storage.files import Storage, is_remote, join, normalize_path, redact
+from untwin.storage.files import is_remote, join, normalize_path, redact
 from untwin.storage.partitions import (
     ROW,
     find_partitions,
@@ -454,9 +454,7 @@ def removed_rows(table: pa.Table, eps: float, compare_to: str | None) -> NDArray
     return is_duplicate(table["cosine_sim_score"].to_numpy(), eps)
 
 
-def result_facts(storage: Storage, path: str) -> dict[str, Any]:
-    """The eps and compare_to that a `cluster_K.parquet` was made with; empty for a foreign file."""
-    with storage.open(path) as source, pq.ParquetFile(source) as parquet:
-        metadata = parquet.schema_arrow.metadata or {}
-        facts: dict[str, Any] = json.loads(metadata.get(METADATA_KEY, b"{}"))
-        return facts
+def result_facts(table: pa.Table) -> dict[str, Any]:
+    """The eps and compare_to that the rows of a `cluster_K.parquet` were made with; empty for a foreign file."""
+    facts: dict[str, Any] = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    return facts
