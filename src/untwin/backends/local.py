@@ -27,6 +27,9 @@ _UNKNOWN_MEMORY = 8 << 30
 _LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where Linux tells how much memory a container may use, in its two versions."""
 _TIGHT_MEMORY = 512 << 20
+"""With so little nothing is held in it between stages, and large blocks are given back one by one."""
+_AMPLE_MEMORY = 2 << 30
+"""With so much, what the C library holds on to does not count: it is used again for the next unit."""
 _M_MMAP_THRESHOLD = -3
 """Of glibc's `mallopt`."""
 _log = logging.getLogger("untwin")
@@ -84,6 +87,7 @@ class LocalExecutor(Executor):
         reports: list[StageReport] = []
         stopped = threading.Event()
         space = Space(max(0, self.memory - _TIGHT_MEMORY) // 2)
+        trim = _memory_trimmer() if self.memory < _AMPLE_MEMORY else lambda: None
         waiting: list[_Chain] = []
         with (
             space.active(),
@@ -93,11 +97,11 @@ class LocalExecutor(Executor):
         ):
             for chain in segments(stages):
                 started = time.perf_counter()
-                run = _Chain(chain, ledger, stopped, space)
+                run = _Chain(chain, ledger, stopped, space, trim)
                 n_rows, n_reused = self._run_chain(run, upstream, pool, shown, ledger)
                 if not run.complete:
                     waiting.append(run)
-                if not space.used:
+                if not space.has_only_copies:
                     # what these have left in memory only is not needed any more
                     for chain_before in waiting:
                         chain_before.record()
@@ -186,7 +190,14 @@ class LocalExecutor(Executor):
 class _Chain:
     """Stages that run one after the other on each unit."""
 
-    def __init__(self, stages: list[Stage], ledger: Ledger | None, stopped: threading.Event, space: Space) -> None:
+    def __init__(
+        self,
+        stages: list[Stage],
+        ledger: Ledger | None,
+        stopped: threading.Event,
+        space: Space,
+        after_unit: Callable[[], None],
+    ) -> None:
         self.stages = stages
         self.space = space
         self.n_rows = 0
@@ -199,7 +210,7 @@ class _Chain:
         self.results: list[list[Task]] = [[] for _ in stages]
         self._seconds: list[list[float]] = [[] for _ in stages]
         self.splittable = all(stage.splittable for stage in stages)
-        self._trim = _memory_trimmer()
+        self._after_unit = after_unit
 
     def memory(self, unit: Task) -> int:
         return max(stage.memory(unit) for stage in self.stages)
@@ -240,7 +251,7 @@ class _Chain:
                 self._files += files
         for results, task in zip(self.results, tasks, strict=True):
             results.append(task)
-        self._trim()
+        self._after_unit()
 
     def record(self) -> None:
         """Note in the ledger that all units are done."""

@@ -272,6 +272,7 @@ class PreparedRun:
         )
         kmeans.fit_options["n_neighbours"] = _NEIGHBOURS
         kmeans.rejected_path = folder.file("rejected")
+        kmeans.rows_wanted = parameters.eps is not None and parameters.kept != "none"
         kmeans.prepare(self.listing, self.plan)
         n_clusters = self.plan.n_clusters
         return [kmeans, *answer_stages(parameters, self.listing, folder.file("kmeans"), folder, probes, n_clusters)]

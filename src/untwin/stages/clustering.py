@@ -41,6 +41,7 @@ class Clustering:
         seed: Seed of the row sample and of the random choices of the fit.
         on_repeated_id: `error` or `first`: what to do where an id stands for different vectors.
         max_batch_rows: Most rows of a batch.
+        rows_wanted: Whole rows of the input are wanted by a stage that comes after.
     """
 
     plan: Plan
@@ -56,6 +57,7 @@ class Clustering:
     seed: int
     on_repeated_id: str
     max_batch_rows: int
+    rows_wanted: bool = False
 
     def batch_rows(self, dim: int) -> int:
         """Rows that are read and assigned at a time."""

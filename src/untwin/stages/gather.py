@@ -13,10 +13,10 @@ from untwin.stages.clustering import Clustering
 from untwin.stages.judging import RejectedRows
 from untwin.stages.tasks import CentroidsTask, Cluster, ClustersTask, RepeatsTask, ShardsTask
 from untwin.storage.bitmap import byte_range, empty_bitmap, get_bits, set_bits
-from untwin.storage.columns import Reason, matrix_of, vector_array
+from untwin.storage.columns import Reason, vector_array
 from untwin.storage.files import join
 from untwin.storage.partitions import ROW, hold, partition_path, read_array, write_partition
-from untwin.storage.shards import read_group
+from untwin.storage.shards import GroupRows, read_group
 
 
 class GatherStage(Stage):
@@ -95,22 +95,19 @@ class GatherStage(Stage):
 
     def _write_together(self, task: ClustersTask, rejected: RejectedRows) -> tuple[Cluster, ...]:
         job = self.clustering
-        batches = list(self._batches(task.unit, rejected))
-        labels = np.concatenate([batch.column("_centroid").to_numpy() for batch in batches])
+        parts = list(self._parts(task.unit, rejected))
+        labels = np.concatenate([part.labels for part in parts])
         order = np.argsort(labels, kind="stable")
+        labels = labels[order]
         place = np.empty(len(order), np.int64)
         place[order] = np.arange(len(order))
-        labels = labels[order]
         vectors = np.empty((len(order), task.dim), np.float32)
-        sides = []
         filled = 0
-        for batch in batches:
-            # row by row to where it belongs: Arrow's own selection from fixed-size lists takes many times as long
-            vectors[place[filled : filled + batch.num_rows]] = matrix_of(batch.column("_vector"))
-            sides.append(batch.drop_columns(["_centroid", "_vector"]))
-            filled += batch.num_rows
-        del batches
-        side = pa.Table.from_batches(sides).take(pa.array(order)).combine_chunks()
+        for part in parts:
+            part.copy_vectors(vectors, place[filled : filled + len(part)])
+            filled += len(part)
+        side = pa.Table.from_batches([part.columns for part in parts]).take(pa.array(order)).combine_chunks()
+        del parts
         clusters: list[Cluster] = []
         held: dict[str, pa.Table] = {}
         schema = job.partition_schema(task.dim)
@@ -118,13 +115,10 @@ class GatherStage(Stage):
             low, high = np.searchsorted(labels, [cluster.centroid, cluster.centroid + 1])
             if low == high:
                 continue
-            part = side.slice(low, high - low).append_column(
-                job.fields.embedding_field, vector_array(vectors[low:high])
-            )
-            part = part.select(schema.names)
+            table = self._partition(side.slice(low, high - low), vectors[low:high], schema)
             path = partition_path(job.output_path, cluster.centroid)
-            write_partition(job.target, path, schema, [part])
-            held[path] = part
+            write_partition(job.target, path, schema, [table])
+            held[path] = table
             clusters.append(Cluster(cluster.centroid, int(high - low), (path,)))
         hold(job.target, held)
         return tuple(clusters)
@@ -135,40 +129,35 @@ class GatherStage(Stage):
         path = partition_path(job.output_path, cluster.centroid)
         schema = job.partition_schema(task.dim)
         parts = (
-            self._partition(pa.Table.from_batches([batch]), schema)
-            for batch in self._batches(task.unit, rejected)
-            if batch.num_rows
+            self._partition(pa.Table.from_batches([part.columns]), part.vectors[part.at], schema)
+            for part in self._parts(task.unit, rejected)
+            if len(part)
         )
         n_rows = write_partition(job.target, path, schema, parts)
         return (Cluster(cluster.centroid, n_rows, (path,)),)
 
-    def _partition(self, table: pa.Table, schema: pa.Schema) -> pa.Table:
-        table = table.rename_columns(
-            [self.clustering.fields.embedding_field if name == "_vector" else name for name in table.column_names]
-        )
-        return table.select(schema.names).combine_chunks()
+    def _partition(self, side: pa.Table, vectors: NDArray[np.float32], schema: pa.Schema) -> pa.Table:
+        return side.append_column(self.clustering.fields.embedding_field, vector_array(vectors)).select(schema.names)
 
-    def _batches(self, group: int, rejected: RejectedRows) -> Iterator[pa.RecordBatch]:
+    def _parts(self, group: int, rejected: RejectedRows) -> Iterator[GroupRows]:
         job = self.clustering
         for path, first_row, end_row in self._shards:
-            batch = read_group(job.target, path, group)
-            if batch.num_rows and self._repeated:
-                batch = self._without_repeats(batch, first_row, end_row, rejected)
-            yield batch
+            rows = read_group(job.target, path, group)
+            if len(rows) and self._repeated:
+                rows = self._without_repeats(rows, first_row, end_row, rejected)
+            yield rows
 
-    def _without_repeats(
-        self, batch: pa.RecordBatch, first_row: int, end_row: int, rejected: RejectedRows
-    ) -> pa.RecordBatch:
-        rows = batch.column(ROW).to_numpy()
-        reasons = np.zeros(len(rows), np.uint8)
+    def _without_repeats(self, rows: GroupRows, first_row: int, end_row: int, rejected: RejectedRows) -> GroupRows:
+        numbers = rows.columns.column(ROW).to_numpy()
+        reasons = np.zeros(len(numbers), np.uint8)
         for reason, path in self._repeated.items():
-            reasons[self._bits(path, first_row, end_row)[rows - first_row]] = reason
+            reasons[self._bits(path, first_row, end_row)[numbers - first_row]] = reason
         if not reasons.any():
-            return batch
+            return rows
         repeated = np.flatnonzero(reasons)
-        ids = batch.column(self.clustering.fields.id_field).take(pa.array(repeated))
-        rejected.add(ids, rows[repeated], reasons[repeated])
-        return batch.take(pa.array(np.flatnonzero(reasons == 0)))
+        ids = rows.columns.column(self.clustering.fields.id_field).take(pa.array(repeated))
+        rejected.add(ids, numbers[repeated], reasons[repeated])
+        return rows.take(np.flatnonzero(reasons == 0))
 
     def _bits(self, path: str, first_row: int, end_row: int) -> NDArray[np.bool_]:
         start, length = byte_range(first_row, end_row - first_row)

@@ -60,16 +60,16 @@ class JudgedUnit:
         """The rows that can be judged: those held, or a unit's worth of rows at a time as they are read."""
         return iter(self._held) if self._held else self._read()
 
-    def hold(self) -> None:
-        """Read everything, and keep it for `parts`."""
-        self._held = list(self._read())
+    def hold(self, *, whole_rows: bool) -> None:
+        """Read everything, and keep it for `parts`; whole rows, too, for who asks `read_rows` for them."""
+        self._held = list(self._read(whole_rows=whole_rows))
 
     @property
     def n_bytes(self) -> int:
         """Bytes that are held."""
         return sum(part.n_bytes for part in self._held)
 
-    def _read(self) -> Iterator[JudgedRows]:
+    def _read(self, *, whole_rows: bool = False) -> Iterator[JudgedRows]:
         job, task = self._job, self._task
         size = job.batch_rows(self.dim)
         most = max(job.plan.unit_rows, size)
@@ -78,7 +78,7 @@ class JudgedUnit:
         sides: list[pa.RecordBatch] = []
         filled = 0
         spans = job.listing.spans(task.first_group, task.end_group, job.groups)
-        for batch in read_rows(job.source, job.listing.format, spans, job.fields.names, size):
+        for batch in read_rows(job.source, job.listing.format, spans, job.fields.names, size, hold=whole_rows):
             for some in blocks(batch.columns.num_rows, size):
                 rows = RowBatch(batch.first_row + some.start, batch.columns.slice(some.start, some.stop - some.start))
                 if filled + rows.columns.num_rows > len(vectors):

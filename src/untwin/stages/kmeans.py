@@ -164,6 +164,7 @@ class KMeansStage(CompositeStage):
             "oversampling_factor": oversampling_factor or 2.0,
         }
         self.rejected_path = join(self.output_path, "_rejected")
+        self.rows_wanted = False
         self.clustering: Clustering | None = None
 
     def prepare(self, listing: Listing, plan: Plan) -> Clustering:
@@ -186,6 +187,7 @@ class KMeansStage(CompositeStage):
             seed=self.random_state,
             on_repeated_id=self.on_repeated_id,
             max_batch_rows=self.max_samples_per_batch,
+            rows_wanted=self.rows_wanted,
         )
 
     def stages(self) -> list[Stage]:

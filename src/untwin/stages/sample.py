@@ -22,6 +22,8 @@ from untwin.storage.sample import sample_batch, write_sample
 
 _SIDE_BYTES = 128
 """What travels with a vector, as far as can be known before it is read."""
+_DECODED = 1.2
+"""Bytes of decoded rows over bytes of files: vectors hardly compress."""
 
 
 class SampleStage(Stage):
@@ -35,10 +37,15 @@ class SampleStage(Stage):
 
     def __init__(self, clustering: Clustering) -> None:
         self._clustering = clustering
+        self._hold_input = False
 
     def units(self, upstream: Upstream) -> Sequence[Task]:
         """The plan's input units."""
-        return self._clustering.input_units()
+        job = self._clustering
+        # whole rows take a second place, behind vectors that would go through files otherwise
+        needed = job.plan.vector_bytes + _SIDE_BYTES * job.plan.n_rows + _DECODED * job.listing.n_bytes
+        self._hold_input = job.rows_wanted and job.listing.filetype == "parquet" and needed <= space().limit
+        return job.input_units()
 
     def memory(self, task: InputTask) -> int:
         """The sampled part of a unit, and batches in flight."""
@@ -70,7 +77,7 @@ class SampleStage(Stage):
         if not space().put(path, None, task.n_rows * (4 * dim + _SIDE_BYTES)):
             return None
         unit = JudgedUnit(job, task, dim)
-        unit.hold()
+        unit.hold(whole_rows=self._hold_input)
         other_lengths = any(Reason.WRONG_LENGTH.text in counts for counts in unit.reasons)
         if (other_lengths and not job.dim) or not space().put(path, unit, unit.n_bytes):
             space().drop(path)

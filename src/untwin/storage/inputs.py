@@ -73,6 +73,23 @@ class Span:
         """Rows in the span."""
         return sum(self.group_rows)
 
+    def part(self, low: int, high: int) -> Span:
+        """Its pieces `low` up to `high`, counted from its first."""
+        skipped = sum(self.group_rows[:low])
+        return Span(
+            path=self.path,
+            first_group=self.first_group + low,
+            group_rows=self.group_rows[low:high],
+            group_starts=self.group_starts[low:high],
+            end=self.group_starts[high] if high < len(self.group_starts) else self.end,
+            first_row=self.first_row + skipped,
+            row_in_file=self.row_in_file + skipped,
+        )
+
+    def pieces(self) -> Iterator[Span]:
+        """Its pieces, one by one."""
+        return (self.part(number, number + 1) for number in range(len(self.group_rows)))
+
 
 class InputFormat(Protocol):
     """How files of one format are read."""

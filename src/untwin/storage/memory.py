@@ -17,40 +17,60 @@ class Space:
     """
 
     def __init__(self, limit: int = 0) -> None:
-        self._limit = limit
-        self._held: dict[str, tuple[Any, int]] = {}
+        self.limit = limit
+        self.used = 0
+        """Bytes that are held."""
+        self._held: dict[str, tuple[Any, int, bool]] = {}
         self._lock = threading.Lock()
 
-    @property
-    def used(self) -> int:
-        """Bytes that are held."""
-        with self._lock:
-            return sum(size for _, size in self._held.values())
-
-    def put(self, path: str, value: Any, size: int, *, instead_of: str = "") -> bool:
+    def put(self, path: str, value: Any, size: int, *, instead_of: str = "", only_copy: bool = False) -> bool:
         """Hold `value` under `path`, in the room of what `instead_of` names, too.
+
+        Args:
+            path: The name to get it by.
+            value: Anything.
+            size: Its bytes.
+            instead_of: What to let go of first.
+            only_copy: It is nowhere else.
 
         Returns:
             False if there is no room: then nothing is held under either path.
         """
         with self._lock:
-            for old in (path, instead_of):
-                self._held.pop(old, None)
-            if sum(other for _, other in self._held.values()) + size > self._limit:
+            self._remove(path)
+            self._remove(instead_of)
+            if self.used + size > self.limit:
                 return False
-            self._held[path] = value, size
+            self._held[path] = value, size, only_copy
+            self.used += size
             return True
+
+    def _remove(self, path: str) -> Any:
+        value, size, _ = self._held.pop(path, (None, 0, False))
+        self.used -= size
+        return value
 
     def get(self, path: str) -> Any:
         """What is held under a path; None if nothing is."""
         with self._lock:
-            return self._held.get(path, (None, 0))[0]
+            return self._held.get(path, (None,))[0]
+
+    def pop(self, path: str) -> Any:
+        """Let go of what is held under a path, and return it; None if nothing is."""
+        with self._lock:
+            return self._remove(path)
 
     def drop(self, path: str) -> None:
         """Let go of what is held under a path and below it."""
         with self._lock:
             for name in [name for name in self._held if name == path or name.startswith(path + "/")]:
-                del self._held[name]
+                self._remove(name)
+
+    @property
+    def has_only_copies(self) -> bool:
+        """Whether something is held that is nowhere else."""
+        with self._lock:
+            return any(only_copy for _, _, only_copy in self._held.values())
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

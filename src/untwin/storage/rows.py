@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from untwin.errors import ChangedInputError
+from untwin.storage.columns import check_sound
 from untwin.storage.files import Storage, is_remote, read_ahead, redact
-from untwin.storage.inputs import InputFormat, Span
+from untwin.storage.inputs import InputFormat, Span, naming_file
+from untwin.storage.memory import Space, space
 
 _BATCH_BYTES = 4 << 20
 _REMOTE_READS = 16
@@ -30,36 +32,92 @@ def batch_rows(dim: int) -> int:
 
 
 def read_rows(
-    storage: Storage, format_: InputFormat, spans: Iterable[Span], columns: Sequence[str] | None, rows: int
+    storage: Storage,
+    format_: InputFormat,
+    spans: Iterable[Span],
+    columns: Sequence[str] | None,
+    rows: int,
+    *,
+    hold: bool = False,
 ) -> Iterator[RowBatch]:
     """Read spans in order, in batches of about `rows` rows; small files are put together.
 
     Reading runs in a thread of its own, ahead of the consumer, if there is more than a batch. A batch never mixes rows
     of different schemas.
+
+    Args:
+        storage: Access to the files.
+        format_: Their format.
+        spans: What to read.
+        columns: Those wanted; None means whole rows as they are, which are taken from memory if they are held there.
+        rows: Rows of a batch.
+        hold: Hold whole rows in memory, as far as there is room, for the one who asks for them next. Only for formats
+            whose whole rows have all columns.
     """
     spans = list(spans)
+    room = space()
+
+    def read_span(span: Span) -> Iterator[pa.RecordBatch]:
+        if columns is not None:
+            return (
+                _hold(storage, format_, span, columns, rows, room)
+                if hold
+                else format_.read(storage, span, columns, rows)
+            )
+        return _held_or_read(storage, format_, span, rows, room)
 
     def read() -> Iterator[RowBatch]:
-        return _coalesced(_read_spans(storage, format_, spans, columns, rows), rows)
+        return _coalesced(_read_spans(spans, read_span, rows), rows)
 
     return read_ahead(read, depth=2) if sum(span.n_rows for span in spans) > rows else read()
 
 
 def _read_spans(
-    storage: Storage, format_: InputFormat, spans: Sequence[Span], columns: Sequence[str] | None, rows: int
+    spans: Sequence[Span], read_span: Callable[[Span], Iterator[pa.RecordBatch]], rows: int
 ) -> Iterator[RowBatch]:
-    def small(span: Span) -> list[pa.RecordBatch]:
-        return list(format_.read(storage, span, columns, rows))
-
     if len(spans) > 1 and is_remote(spans[0].path) and max(span.n_rows for span in spans) <= rows:
         with ThreadPoolExecutor(_REMOTE_READS) as pool:
             for low in range(0, len(spans), 4 * _REMOTE_READS):
                 part = spans[low : low + 4 * _REMOTE_READS]
-                for span, batches in zip(part, pool.map(small, part), strict=True):
+                for span, batches in zip(part, pool.map(lambda span: list(read_span(span)), part), strict=True):
                     yield from _numbered(span, batches)
         return
     for span in spans:
-        yield from _numbered(span, format_.read(storage, span, columns, rows))
+        yield from _numbered(span, read_span(span))
+
+
+def _hold(
+    storage: Storage, format_: InputFormat, span: Span, columns: Sequence[str], rows: int, room: Space
+) -> Iterator[pa.RecordBatch]:
+    """Read whole rows, piece by piece, and hold them; yields the wanted columns."""
+    for piece in span.pieces():
+        whole: list[pa.RecordBatch] = []
+        for batch in format_.read(storage, piece, None, rows):
+            whole.append(batch)
+            with naming_file(span.path):
+                wanted = batch.select(list(columns))
+                check_sound(wanted)
+            yield wanted
+        room.put(_name(piece), whole, sum(batch.nbytes for batch in whole))
+
+
+def _held_or_read(
+    storage: Storage, format_: InputFormat, span: Span, rows: int, room: Space
+) -> Iterator[pa.RecordBatch]:
+    """Whole rows of a span: pieces that are held from memory, what is between them from the file."""
+    held = {number: room.pop(_name(piece)) for number, piece in enumerate(span.pieces())} if room.used else {}
+    first = 0
+    for number in [number for number, whole in held.items() if whole is not None]:
+        if number > first:
+            yield from format_.read(storage, span.part(first, number), None, rows)
+        yield from held.pop(number)
+        first = number + 1
+    if first < len(span.group_rows):
+        yield from format_.read(storage, span.part(first, len(span.group_rows)), None, rows)
+
+
+def _name(piece: Span) -> str:
+    return f"{piece.path}#{piece.first_group}"
 
 
 def _numbered(span: Span, batches: Iterable[pa.RecordBatch]) -> Iterator[RowBatch]:

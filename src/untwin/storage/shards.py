@@ -14,10 +14,44 @@ import pyarrow as pa
 import pyarrow.ipc
 from numpy.typing import NDArray
 
-from untwin.storage.columns import vector_array
+from untwin.storage.columns import matrix_of, vector_array
 from untwin.storage.files import Storage, note_held
 from untwin.storage.inputs import naming_file
 from untwin.storage.memory import space
+
+_COPIED_ROWS = 256
+"""So that what lies between two copies stays in a core's own cache."""
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """Rows of a group of clusters from one shard, in the order of the clusters.
+
+    Attributes:
+        columns: n rows: everything but the vectors and the cluster.
+        labels: (n,) int32, the cluster of each row.
+        vectors: (m, D) float32, vectors of these rows and others.
+        at: (n,) which of the vectors are theirs.
+    """
+
+    columns: pa.RecordBatch
+    labels: NDArray[np.int32]
+    vectors: NDArray[np.float32]
+    at: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.at)
+
+    def take(self, chosen: NDArray[np.int64]) -> GroupRows:
+        """Some of the rows."""
+        return GroupRows(self.columns.take(pa.array(chosen)), self.labels[chosen], self.vectors, self.at[chosen])
+
+    def copy_vectors(self, out: NDArray[np.float32], places: NDArray[np.int64]) -> None:
+        """Copy each vector to its place in (k, D) `out`."""
+        for low in range(0, len(self), _COPIED_ROWS):
+            rows = slice(low, low + _COPIED_ROWS)
+            out[places[rows]] = self.vectors[self.at[rows]]
 
 
 @dataclass(frozen=True)
@@ -44,13 +78,13 @@ class Shard:
         vectors = self.vectors if self.vectors.base is None else self.vectors.base
         return int(vectors.nbytes + self.labels.nbytes + self.order.nbytes + self.columns.nbytes)
 
-    def group(self, number: int) -> pa.RecordBatch:
-        """The rows of a group of clusters, in the order of the clusters."""
+    def group(self, number: int) -> GroupRows:
+        """The rows of a group of clusters."""
         chosen = self.order[self.bounds[number] : self.bounds[number + 1]]
-        columns = self.columns.take(pa.array(chosen))
-        arrays = [_array(column) for column in columns.columns]
-        arrays += [pa.array(self.labels[chosen], pa.int32()), vector_array(self.vectors[chosen])]
-        return pa.record_batch(arrays, schema=shard_schema(self.columns.schema, self.vectors.shape[1]))
+        (columns,) = self.columns.take(pa.array(chosen)).combine_chunks().to_batches() or [
+            pa.RecordBatch.from_pylist([], self.columns.schema)
+        ]
+        return GroupRows(columns, self.labels[chosen], self.vectors, chosen)
 
 
 def make_shard(
@@ -82,25 +116,30 @@ def write_shard(storage: Storage, path: str, shard: Shard) -> None:
         pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(use_threads=False)) as writer,
     ):
         for number in range(len(shard.bounds) - 1):
-            writer.write_batch(shard.group(number))
+            rows = shard.group(number)
+            arrays = [*rows.columns.columns, pa.array(rows.labels), vector_array(shard.vectors[rows.at])]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
 def leave_shard(storage: Storage, path: str, shard: Shard, *, instead_of: str = "") -> None:
     """Hold a shard in memory if there is room, else write it."""
-    if space().put(path, shard, shard.n_bytes, instead_of=instead_of):
+    if space().put(path, shard, shard.n_bytes, instead_of=instead_of, only_copy=True):
         note_held()
     else:
         write_shard(storage, path, shard)
 
 
-def read_group(storage: Storage, path: str, number: int) -> pa.RecordBatch:
-    """The rows of a group of clusters out of a shard, in the order of the clusters."""
+def read_group(storage: Storage, path: str, number: int) -> GroupRows:
+    """The rows of a group of clusters out of a shard."""
     held = space().get(path)
-    return held.group(number) if held is not None else read_batch(storage, path, number)
-
-
-def _array(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if held is not None:
+        rows: GroupRows = held.group(number)
+        return rows
+    batch = read_batch(storage, path, number)
+    columns = batch.drop_columns(["_centroid", "_vector"])
+    return GroupRows(
+        columns, batch.column("_centroid").to_numpy(), matrix_of(batch.column("_vector")), np.arange(len(batch))
+    )
 
 
 def shard_schema(columns: pa.Schema, dim: int) -> pa.Schema:
