@@ -63,7 +63,7 @@ def _run_through(proxy, proxied, source, local, seed, share):
     proxied.upload(source, "in")
     before = proxied.contents("in/")
     proxy.reset(SeededPlan(seed, share))
-    run(proxied)
+    run(proxied, memory="500MB")  # too little to hold anything, so everything goes through the storage
     assert_same_answer(proxied.contents("out/"), local)
     untwin.apply(proxied.url("out"), eps=0.2, storage_options=proxied.options)
     untwin.audit(proxied.url("out"), storage_options=proxied.options)
