@@ -19,7 +19,7 @@ from untwin.errors import ParameterError
 _MIN_UNIT_BYTES = 32 << 20
 _MAX_UNIT_BYTES = 256 << 20
 _SLICE_BYTES = 256 << 10
-_ROWS_PER_CENTROID = 64
+_ROWS_PER_CENTROID = 256
 _MIN_SAMPLE_ROWS = 20_000
 _EXHAUSTIVE_ROWS = 20_000
 _ROWS_PER_PARTITION = 1 << 20
@@ -97,7 +97,7 @@ def make_plan(
         dim: Dimension of the vectors.
         n_clusters: Number of clusters; None chooses it by `auto_n_clusters`.
         fit_data_fraction: Share of the rows to fit on; overrules `sample`.
-        sample: Fit on a sample of 64 rows a centroid (at least 20,000) instead of on all rows.
+        sample: Fit on a sample of 256 rows a centroid (at least 20,000) instead of on all rows.
 
     Raises:
         ParameterError: More clusters than rows.

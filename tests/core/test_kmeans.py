@@ -179,13 +179,55 @@ def test_a_cluster_that_loses_its_rows_splits_a_large_one():
     assert got.counts.min() > 20
 
 
-@pytest.mark.parametrize("n_neighbours", [None, 6])
+def test_a_step_of_growth_fits_on_the_rows_with_the_smallest_hashes():
+    X, hashes = clustered(14, 1000, 8), hashes_of(1000)
+    order = np.argsort(hashes)
+    few = fit(ArrayBlocks(X[order[:200]], hashes[order[:200]]), 9, init=X[:9], n_neighbours=5, max_iter=1)
+    assert few.counts.min() > 0
+    want = fit(ArrayBlocks(X, hashes), 9, init=few.centroids, n_neighbours=5, max_iter=1)
+    for blocks in (ArrayBlocks(X, hashes), Ragged(X, hashes, order[::-1], [10, 900])):
+        got = fit(blocks, 9, init=X[:9], n_neighbours=5, growth=[(200, 1)], max_iter=1)
+        assert got.n_iter == 2
+        assert got.centroids.tobytes() == want.centroids.tobytes()
+
+
+def test_growth_finds_nearly_as_good_centroids_as_many_iterations_on_all_rows():
+    X = clustered(6, 12_000, 16, n_centres=200, spread=0.5)
+    blocks = ArrayBlocks(X[:6000], hashes_of(6000))
+    grown = fit(blocks, 100, init="random", max_iter=6, n_neighbours=20, growth=[(1000, 10), (2500, 5)])
+    every = fit(blocks, 100, init="random", tol=0)
+    assert grown.n_iter <= 21
+    assert nearest(X[6000:], grown.centroids)[1].sum() <= nearest(X[6000:], every.centroids)[1].sum() * 1.02
+
+
+def test_centroids_are_the_means_of_their_rows_when_nothing_moves_any_more():
+    X = clustered(15, 600, 8, n_centres=6, spread=0.05)
+    got = fit(ArrayBlocks(X, hashes_of(600)), 6, n_neighbours=3, tol=0)
+    label = nearest(X, got.centroids)[0]
+    means = np.stack([X[label == k].astype(np.float64).mean(axis=0) for k in range(6)])
+    np.testing.assert_allclose(got.centroids, means, atol=1e-7)
+
+
+def test_rows_that_share_a_hash_give_the_same_bits_in_any_order():
+    """The same id can have different vectors; so many clusters start equal that nearly all of them split another."""
+    X = clustered(16, 600, 6)
+    hashes = hashes_of(600)[np.arange(600) // 3]
+    arguments = {"init": np.repeat(X[:1], 60, axis=0), "n_neighbours": 8, "growth": [(200, 4)], "max_iter": 8}
+    want = fit(ArrayBlocks(X, hashes), 60, **arguments)
+    assert np.count_nonzero(want.counts) > 30
+    for seed in range(4):
+        order = np.random.default_rng(seed).permutation(600)
+        assert_same(fit(ArrayBlocks(X[order], hashes[order]), 60, **arguments), want)
+        assert_same(fit(Ragged(X, hashes, order, [100, 101, 450]), 60, **arguments), want)
+
+
+@pytest.mark.parametrize(("n_neighbours", "growth"), [(None, ()), (6, ()), (6, ((150, 4), (400, 3)))])
 @pytest.mark.parametrize("init", ["k-means||", "random", "array"])
-def test_fit_has_the_same_bits_for_any_order_partition_and_threads(init, n_neighbours):
+def test_fit_has_the_same_bits_for_any_order_partition_and_threads(init, n_neighbours, growth):
     X, hashes = clustered(2, 1000, 12), hashes_of(1000)
     X[500:520] = X[0]
     arguments = {"init": X[:25].copy() if init == "array" else init, "seed": 3, "n_init": 2}
-    arguments["n_neighbours"] = n_neighbours
+    arguments |= {"n_neighbours": n_neighbours, "growth": growth}
     want = fit(ArrayBlocks(X, hashes), 25, **arguments)
     rng = np.random.default_rng(4)
     with ThreadPoolExecutor(4) as pool:
@@ -204,14 +246,16 @@ def test_fit_has_the_same_bits_for_any_order_partition_and_threads(init, n_neigh
     n_clusters=st.integers(1, 30),
     init=st.sampled_from(["k-means||", "random"]),
     n_neighbours=st.sampled_from([None, 1, 4]),
+    grows=st.booleans(),
     data=st.data(),
 )
-def test_few_distinct_rows_order_and_partition_change_nothing(points, n_clusters, init, n_neighbours, data):
+def test_few_distinct_rows_order_and_partition_change_nothing(points, n_clusters, init, n_neighbours, grows, data):
     n_clusters = min(n_clusters, len(points))
     angles = np.array(points) * np.pi / 6
     X, _ = normalize(np.stack([np.cos(angles), np.sin(angles)], axis=1))
     hashes = hashes_of(len(X))
     arguments = {"init": init, "n_neighbours": n_neighbours, "max_iter": 20}
+    arguments["growth"] = [(1, 2), (5, 3)] if grows and n_neighbours else []
     want = fit(ArrayBlocks(X, hashes), n_clusters, **arguments)
     order = np.array(data.draw(st.permutations(range(len(X)))))
     cuts = data.draw(st.lists(st.integers(0, len(X)), max_size=3))
@@ -338,6 +382,9 @@ def test_plus_plus_returns_no_row_twice_and_none_without_weight():
         ({"n_clusters": 2, "tol": -1.0}, "tol"),
         ({"n_clusters": 2, "n_init": 0}, "n_init"),
         ({"n_clusters": 2, "n_neighbours": 0}, "n_neighbours"),
+        ({"n_clusters": 2, "growth": [(5, 1)]}, "growth"),
+        ({"n_clusters": 2, "n_neighbours": 2, "growth": [(5, 1), (0, 1)]}, "growth"),
+        ({"n_clusters": 2, "n_neighbours": 2, "growth": [(5, 0)]}, "growth"),
         ({"n_clusters": 2, "oversampling_factor": 0.0}, "oversampling_factor"),
     ],
 )

@@ -8,7 +8,7 @@ or spread over threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -37,6 +37,8 @@ _ASSIGN_COLUMNS = 1024
 _SMALL_PRODUCT = 1_000_000
 """Multiplications that take as long as it takes to begin a product."""
 _SCALABLE_ROUNDS = 5
+_OVERSHOOT = np.float32(0.7)
+"""How much farther than to its mean a centroid moves, as a part of the way there."""
 _PROPOSALS = 128
 _FIRST, _SAMPLE, _PLUS_PLUS, _RANDOM, _FILL, _VECTOR = range(6)
 """Purposes of random numbers: one seed each."""
@@ -101,9 +103,9 @@ class KMeansResult:
         (K, D) float32, not normalised. A cluster that is empty at the end (always so for the surplus if there
         are more clusters than distinct rows) keeps the row that it was last started from.
     counts
-        (K,) int64, rows nearest to each centroid.
+        (K,) int64, rows nearest to each centroid (fitted with `n_neighbours`: nearest of the neighbours).
     inertia
-        Sum of squared distances of the rows to their nearest centroid.
+        Sum of squared distances of the rows to that centroid.
     n_iter
         Iterations run.
     mean_cosine
@@ -330,6 +332,7 @@ def fit(
     n_init: int = 1,
     oversampling_factor: float = 2.0,
     n_neighbours: int | None = None,
+    growth: Sequence[tuple[int, int]] = (),
     seed: int = 42,
     executor_map: BlockMap[Any] = map,
 ) -> KMeansResult:
@@ -338,7 +341,8 @@ def fit(
     An iteration that leaves clusters empty moves them to the distinct rows that are farthest from their
     centroids; with `n_neighbours`, where small clusters get empty more often, it splits the largest ones. It
     stops when no label changes, when the centroids' squared shifts sum up to at most `tol` times the mean
-    variance of a feature (as scikit-learn does), or after `max_iter` iterations.
+    variance of a feature (as scikit-learn does), or after `max_iter` iterations. With `n_neighbours`, all but
+    the first and the last iteration move centroids beyond the means, because few iterations then come farther.
 
     Parameters
     ----------
@@ -361,6 +365,9 @@ def fit(
         row is part of, itself counted as if it did not hold the row (which a small cluster would not let go of
         otherwise). The products then grow with the rows and not with the rows times K. None: all centroids, as
         in Lloyd's algorithm.
+    growth
+        (rows, iterations) of steps before the one on all rows, with `n_neighbours` only: so many iterations at most
+        on so many rows, those with the smallest hashes. The first iteration of each step compares with all centroids.
     seed
         Any integer.
     executor_map
@@ -387,6 +394,8 @@ def fit(
         raise ParameterError(f"oversampling_factor must be greater than 0, not {oversampling_factor}")
     if n_neighbours is not None and n_neighbours < 1:
         raise ParameterError(f"n_neighbours must be at least 1, not {n_neighbours}")
+    if growth and (n_neighbours is None or min(min(step) for step in growth) < 1):
+        raise ParameterError(f"growth must have rows and iterations of at least 1, and needs n_neighbours: {growth}")
     if isinstance(init, str):
         if init not in ("k-means||", "random"):
             raise ParameterError(f"init must be 'k-means||', 'random' or an array, not {init!r}")
@@ -405,7 +414,7 @@ def fit(
             start = run.random_rows(n_clusters, mix_seed(run_seed, _RANDOM))
         else:
             start = run.scalable_init(oversampling_factor, run_seed)
-        results.append(run.lloyd(start, max_iter, tol, n_neighbours))
+        results.append(run.lloyd(start, [*growth, (n_rows, max_iter)], tol, n_neighbours))
     return min(results, key=lambda result: result.inertia)
 
 
@@ -418,16 +427,12 @@ class _Fit:
         self.bits = min(40, 62 - self.n.bit_length())
         """Fraction bits of the fixed-point sums: n elements of at most 1 stay below 2**62."""
         self.lock = threading.Lock()
-        sums = np.zeros(self.dim, np.int64)
 
         def survey(index: int) -> tuple[UInt64, Float64]:
             X, hashes = blocks.block(index)
-            part = self._fixed(X).sum(axis=0)
             square = rowwise_dot(X, X)
             if not (np.abs(square - 1) < 1e-5).all():
                 raise ParameterError("rows must be of unit length: use untwin.core.normalize")
-            with self.lock:
-                np.add(sums, part, out=sums)
             return hashes, square
 
         surveyed = list(executor_map(survey, range(len(blocks))))
@@ -435,9 +440,7 @@ class _Fit:
         self.offsets = np.cumsum([0] + [len(hashes) for hashes, _ in surveyed])
         if len(self.hashes) != self.n:
             raise ParameterError(f"the blocks hold {len(self.hashes)} rows, not {self.n} as they say")
-        mean = sums / (self.n * 2.0**self.bits)
-        square = _order_free_sum(np.concatenate([square for _, square in surveyed])) / self.n
-        self.mean_variance = max(0.0, (square - float(np.add.reduce(mean * mean))) / self.dim)
+        self.mean_square = _order_free_sum(np.concatenate([square for _, square in surveyed])) / self.n
 
     def _fixed(self, X: Float32) -> Int64:
         return np.rint(np.multiply(X, 2.0**self.bits, dtype=np.float64)).astype(np.int64)
@@ -512,66 +515,86 @@ class _Fit:
         self._each(work)
         return label, square
 
-    def _block(self, index: int) -> tuple[Int64, Float32]:
-        """Positions of a block's rows, and the rows."""
-        return np.arange(self.offsets[index], self.offsets[index + 1]), self.blocks.block(index)[0]
+    def _parts(self, bound: np.uint64, label: Int32 | None) -> tuple[int, Callable[[int], tuple[Int64, Float32]]]:
+        """Number of parts, and what reads positions and rows of one, of the rows with a hash up to `bound`.
 
-    def _parts(self, label: Int32 | None) -> tuple[int, Callable[[int], tuple[Int64, Float32]]]:
-        """Number of parts, and what reads one, like `_block`: with clusters in one piece where that costs nothing."""
+        With `label`, clusters come in one piece where that costs nothing.
+        """
         blocks = self.blocks
-        if label is None or not isinstance(blocks, ArrayBlocks):
-            return len(blocks), self._block
-        order = np.argsort(label, kind="stable")
-        parts = list(slices_of(self.n, 2 * _ASSIGN_ROWS))
-        return len(parts), lambda index: (order[parts[index]], blocks.take(order[parts[index]]))
+        if label is not None and isinstance(blocks, ArrayBlocks):
+            chosen = np.flatnonzero(self.hashes <= bound)
+            order = chosen[np.argsort(label[chosen], kind="stable")]
+            parts = list(slices_of(len(order), 2 * _ASSIGN_ROWS))
+            return len(parts), lambda index: (order[parts[index]], blocks.take(order[parts[index]]))
 
-    def lloyd(self, centroids: Float32, max_iter: int, tol: float, n_neighbours: int | None) -> KMeansResult:
+        def part_of(index: int) -> tuple[Int64, Float32]:
+            chosen = np.flatnonzero(self.hashes[self._rows_of(index)] <= bound)
+            if not len(chosen):
+                return chosen, np.empty((0, self.dim), np.float32)
+            X = self.blocks.block(index)[0]
+            return chosen + self.offsets[index], X if len(chosen) == len(X) else X[chosen]
+
+        return len(blocks), part_of
+
+    def lloyd(
+        self, centroids: Float32, steps: Sequence[tuple[int, int]], tol: float, n_neighbours: int | None
+    ) -> KMeansResult:
         """Lloyd's iterations from given centroids; sums change only by the rows that move, exactly."""
         label = np.full(self.n, -1, np.int32)
         sums = np.zeros((self.n_clusters, self.dim), np.int64)
         counts = np.zeros(self.n_clusters, np.int64)
         n_iter = 0
-        while n_iter < max_iter:
-            n_iter += 1
-            find = _finder(centroids, n_neighbours if n_iter > 1 else None, counts.copy())
-            n_parts, part_of = self._parts(label if n_neighbours is not None and n_iter > 1 else None)
+        for step, (n_rows, max_iter) in enumerate(steps, 1):
+            last_row = min(self.n, n_rows) - 1
+            bound = np.partition(self.hashes, last_row)[last_row]
+            for iteration in range(1, max_iter + 1):
+                n_iter += 1
+                few = n_neighbours if iteration > 1 else None
+                changed = self._relabel(centroids, label, sums, counts, bound, few)
+                full = counts > 0
+                means = centroids.copy()
+                means[full] = sums[full] / (counts[full, None] * 2.0**self.bits)
+                empty = np.flatnonzero(~full)
+                if not len(empty):
+                    reseeds = centroids[:0]
+                elif n_neighbours is None:
+                    reseeds = self._farthest(centroids, label, len(empty))
+                else:
+                    reseeds = self._halves(means, counts, label, len(empty), n_iter)
+                means[empty[: len(reseeds)]] = reseeds
+                shift = means.astype(np.float64) - centroids
+                centroids = means
+                mean = sums.sum(axis=0) / (counts.sum() * 2.0**self.bits)
+                variance = max(0.0, self.mean_square - float(np.add.reduce(mean * mean))) / self.dim
+                near = np.add.reduce((shift * shift).ravel()) <= tol * variance
+                if not len(reseeds) and (near or not changed):
+                    break
+                last = step == len(steps) and iteration == max_iter
+                if n_neighbours is not None and n_iter > 1 and not last:
+                    centroids[full] += _OVERSHOOT * shift[full].astype(np.float32)
+        return self._result(centroids, n_iter, label, n_neighbours)
 
-            def work(
-                index: int,
-                find: Callable[[Float32, Int32], Int32] = find,
-                part_of: Callable[[int], tuple[Int64, Float32]] = part_of,
-            ) -> int:
-                rows, X = part_of(index)
-                old = label[rows]
-                new = find(X, old)
-                moved = np.flatnonzero(new != old)
-                label[rows] = new
-                if len(moved):
-                    values = self._fixed(X[moved])
-                    self._add(sums, counts, values, new[moved], 1)
-                    settled = old[moved] >= 0
-                    self._add(sums, counts, values[settled], old[moved][settled], -1)
-                return len(moved)
+    def _relabel(
+        self, centroids: Float32, label: Int32, sums: Int64, counts: Int64, bound: np.uint64, n_neighbours: int | None
+    ) -> int:
+        """Give the rows with a hash up to `bound` their nearest centroids, move them between the sums, count them."""
+        find = _finder(centroids, n_neighbours, counts.copy())
+        n_parts, part_of = self._parts(bound, None if n_neighbours is None else label)
 
-            changed = sum(self._each(work, range(n_parts)))
-            empty = np.flatnonzero(counts == 0)
-            full = counts > 0
-            moved_centroids = centroids.copy()
-            moved_centroids[full] = sums[full] / (counts[full, None] * 2.0**self.bits)
-            if not len(empty):
-                reseeds = centroids[:0]
-            elif n_neighbours is None:
-                reseeds = self._farthest(centroids, label, len(empty))
-            else:
-                reseeds = self._halves(moved_centroids, counts, label, len(empty), n_iter)
-            if not changed and not len(reseeds):
-                break
-            moved_centroids[empty[: len(reseeds)]] = reseeds
-            shift = moved_centroids.astype(np.float64) - centroids
-            centroids = moved_centroids
-            if not len(reseeds) and np.add.reduce((shift * shift).ravel()) <= tol * self.mean_variance:
-                break
-        return self._result(centroids, n_iter)
+        def work(index: int) -> int:
+            rows, X = part_of(index)
+            old = label[rows]
+            new = find(X, old)
+            moved = np.flatnonzero(new != old)
+            label[rows] = new
+            if len(moved):
+                values = self._fixed(X[moved])
+                self._add(sums, counts, values, new[moved], 1)
+                settled = old[moved] >= 0
+                self._add(sums, counts, values[settled], old[moved][settled], -1)
+            return len(moved)
+
+        return sum(self._each(work, range(n_parts)))
 
     def _add(self, sums: Int64, counts: Int64, values: Int64, label: Int32, sign: int) -> None:
         """Add rows of fixed-point values to their clusters' sums; integers, so order does not matter."""
@@ -593,12 +616,15 @@ class _Fit:
         """Up to `count` centroids that split the largest clusters: a bit nearer to a row of it than its own one."""
         largest = np.argsort(-counts, kind="stable")[:count]
         largest = largest[counts[largest] > 1]
+        if not len(largest):
+            return centroids[:0]
         keys = hash_integers(self.hashes, seed)
         members = [np.flatnonzero(label == cluster) for cluster in largest]
-        positions = np.array([rows[keys[rows].argmin()] for rows in members], np.int64)
+        least = [rows[keys[rows] == keys[rows].min()] for rows in members]
+        positions, rank = np.concatenate(least), np.repeat(np.arange(len(least)), [len(rows) for rows in least])
         ascending = np.argsort(positions)
-        rows = np.empty((len(positions), self.dim), np.float32)
-        rows[ascending] = self.gather(positions[ascending])
+        rows = self._in_hash_order(positions[ascending], rank[ascending].astype(np.uint64))
+        rows = rows[np.searchsorted(rank, np.arange(len(least)))]
         own = centroids[largest].astype(np.float64)
         return (own + (rows - own) / 8).astype(np.float32)
 
@@ -622,18 +648,18 @@ class _Fit:
         out[ascending] = self.gather(chosen[ascending])
         return out
 
-    def _result(self, centroids: Float32, n_iter: int) -> KMeansResult:
+    def _result(self, centroids: Float32, n_iter: int, label: Int32, n_neighbours: int | None) -> KMeansResult:
         """Assign every row to the final centroids, and sum up."""
-        finder = NearestCentroid(centroids)
+        find = _finder(centroids, n_neighbours, np.zeros(self.n_clusters, np.int64))
         norms = np.sqrt(rowwise_dot(centroids, centroids))
         norms[norms == 0] = 1
-        label = np.empty(self.n, np.int32)
         square, cosine = np.empty(self.n, np.float64), np.empty(self.n, np.float64)
 
         def work(index: int) -> None:
             rows = self._rows_of(index)
             X = self.blocks.block(index)[0]
-            label[rows], square[rows] = finder.assign(X)
+            label[rows] = find(X, label[rows])
+            square[rows] = pair_squared_distance(X, np.arange(len(X)), centroids, label[rows].astype(np.intp))
             # x.c from |x - c|^2 would cancel; x.x is 1 up to float32 rounding, so ask for the product itself.
             for part in slices_of(len(X), 1024):
                 at = label[rows][part]

@@ -53,9 +53,11 @@ from untwin.storage.partitions import CENTROIDS
 CHOSEN = "choose-probes"
 CHECKED = "check"
 """Noted in the ledger once every row was found to be kept, duplicate or rejected."""
-_MAX_ITER = 20
+_GROWTH = ((32, 10), (128, 5))
+"""Rows a centroid, and iterations on them, before the iterations on the whole sample."""
+_MAX_ITER = 6
 _NEIGHBOURS = 48
-"""Centroids that a row of the sample is compared with in an iteration but the first."""
+"""Centroids that a row of the sample is compared with, where it is not all of them."""
 _UNIT_SPREAD = 1.12
 """Clusters are grouped into units by an estimate of their rows; a unit can have so many times the rows it aims at."""
 SIDE_BYTES = 150
@@ -271,6 +273,7 @@ class PreparedRun:
             on_repeated_id=parameters.on_repeated_id,
         )
         kmeans.fit_options["n_neighbours"] = _NEIGHBOURS
+        kmeans.fit_options["growth"] = [(rows * self.plan.n_clusters, count) for rows, count in _GROWTH]
         kmeans.rejected_path = folder.file("rejected")
         kmeans.rows_wanted = parameters.eps is not None and parameters.kept != "none"
         kmeans.prepare(self.listing, self.plan)

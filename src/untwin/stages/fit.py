@@ -38,14 +38,14 @@ class FitStage(Stage):
         return [Task(0, sum(part.n_sampled for part in self._parts))]
 
     def memory(self, task: Task) -> int:
-        """The sample and the centroids."""
+        """The sample, numbers for each row and the centroids."""
         plan = self._clustering.plan
-        return 4 * plan.dim * (task.n_rows + 8 * plan.n_clusters) + (64 << 20)
+        return 4 * plan.dim * (task.n_rows + 10 * plan.n_clusters) + 56 * task.n_rows + (64 << 20)
 
     def minimum_memory(self, task: Task) -> int:
         """Centroids, and numbers for each sampled row."""
         plan = self._clustering.plan
-        return 24 * plan.dim * plan.n_clusters + 40 * task.n_rows + (32 << 20)
+        return 40 * plan.dim * plan.n_clusters + 56 * task.n_rows + (32 << 20)
 
     def process(self, task: Task, context: Context) -> CentroidsTask:
         """Fit, and write the centroids."""
