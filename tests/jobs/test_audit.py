@@ -58,12 +58,13 @@ def test_with_all_rows_in_the_sample_the_numbers_are_those_of_brute_force(finish
     assert found.answer.share > 0 or truth.recall(eps) == 1 or eps == 0.01
 
 
-@pytest.mark.parametrize(("n_clusters", "eps"), [(2, 0.1), (8, 0.2), (20, 0.2), (60, 0.2)])
+@pytest.mark.parametrize(("n_clusters", "eps"), [(2, 0.2), (8, 0.2), (20, 0.2), (60, 0.2)])
 def test_the_interval_covers_the_truth_in_19_of_20_seeds(finished, n_clusters, eps):
+    """Of 100 seeds in 95 and more, or some less by chance: 91 are two standard deviations off."""
     output, truth = finished(n_clusters)
     wanted = 150
     recalls, covered, shares_covered = set(), 0, 0
-    for seed in range(20):
+    for seed in range(100):
         found = audit(output, eps=eps, seed=seed, min_neighbours=wanted).audit
         row = next(row for row in found.recall_rows if row.eps == eps)
         assert row.with_neighbour >= wanted
@@ -72,8 +73,8 @@ def test_the_interval_covers_the_truth_in_19_of_20_seeds(finished, n_clusters, e
         covered += row.low <= truth.recall(eps) <= row.high
         shares_covered += found.answer.low <= truth.kept_share(EPS) <= found.answer.high
     assert len(recalls) > 3, "all seeds give the same sample"
-    assert covered >= 19
-    assert shares_covered >= 19
+    assert covered >= 91
+    assert shares_covered >= 91
 
 
 def test_the_sample_grows_until_enough_rows_have_a_neighbour(finished):
