@@ -73,8 +73,8 @@ def auto_n_clusters(n_rows: int) -> int:
 
     For N rows and K clusters, in products of two vectors: assigning takes N·K, comparing takes s·N²/(2·K), where s
     >= 1 is the skew of the cluster sizes (about 2 on real sets). The sum is smallest at K = sqrt(N), and 9 % more
-    at 0.65·sqrt(N), where fewer similar rows fall into different clusters. Fitting takes about 2·64·K² +
-    19·48·64·K, which is little beside that. Up to 20,000 rows there is one cluster, so every pair is compared and
+    at 0.65·sqrt(N), where fewer similar rows fall into different clusters. Fitting takes about 416·K² +
+    180,000·K, which is little beside that. Up to 20,000 rows there is one cluster, so every pair is compared and
     nothing is missed.
     """
     if n_rows <= _EXHAUSTIVE_ROWS:

@@ -53,9 +53,9 @@ from untwin.storage.partitions import CENTROIDS
 CHOSEN = "choose-probes"
 CHECKED = "check"
 """Noted in the ledger once every row was found to be kept, duplicate or rejected."""
-_GROWTH = ((32, 10), (128, 5))
+_GROWTH = ((32, 10), (128, 8))
 """Rows a centroid, and iterations on them, before the iterations on the whole sample."""
-_MAX_ITER = 6
+_MAX_ITER = 10
 _NEIGHBOURS = 48
 """Centroids that a row of the sample is compared with, where it is not all of them."""
 _UNIT_SPREAD = 1.12
