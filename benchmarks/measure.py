@@ -149,11 +149,14 @@ def introduce() -> None:
 
 
 def save(path: Path | None, parameters: dict[str, Any], results: Any) -> dict[str, Any]:
-    """Put the parameters and the machine's description beside results, and write that as JSON if there is a path."""
+    """Put the parameters and the machine's description beside results, and write that as JSON if there is a path.
+
+    Parameters that are paths are left out: they mean nothing on another machine.
+    """
     saved = {
         "machine": machine(),
         "removed_from_environment": {name: os.environ.get(name) for name in REMOVED},
-        "parameters": {name: str(value) if isinstance(value, Path) else value for name, value in parameters.items()},
+        "parameters": {name: value for name, value in parameters.items() if not isinstance(value, Path)},
         "results": results,
     }
     if path is not None:
