@@ -1,5 +1,7 @@
 """Rows that cannot be judged are set aside with the reason, and the run goes on; or it stops and says why."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -97,6 +99,21 @@ def test_fixed_size_lists_with_nulls_and_of_another_length(tmp_path):
         ("short", "1.parquet", 0, "embedding has the wrong length"),
     ]
     assert witnesses(out) == TWINS
+
+
+@pytest.mark.parametrize("memory", ["2GB", "500MB"])
+def test_a_unit_of_nothing_but_rejected_rows_is_told_once(tmp_path, monkeypatch, memory):
+    """Each file is a unit of work of its own, whether its rows are held in memory or read again."""
+    monkeypatch.setattr("untwin.plan._MIN_UNIT_BYTES", 1)
+    monkeypatch.setattr("untwin.plan._SLICE_BYTES", 1)
+    bad = table_of([f"bad-{row}" for row in range(7)], [[0.0] * 8] * 7)
+    _, out = run(tmp_path, [twin_table(), bad, table_of(["more"], [[1.0] * 8])], memory=memory)
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["rows"]["rejected"] == 7
+    assert facts["rows"]["rejected_reasons"] == {"embedding has zero norm": 7}
+    assert [row[0] for row in rejected(out)] == [f"bad-{row}" for row in range(7)]
+    (sample,) = (stage for stage in facts["stages"] if stage["name"] == "sample")
+    assert sample["units"] >= 3
 
 
 def test_null_ids_are_rejected_whatever_their_vector(tmp_path):

@@ -40,7 +40,8 @@ class GatherStage(Stage):
         self._collect_repeats([task.path for task in upstream.of(RepeatsTask) if task.n_repeated])
         rows = np.zeros(job.plan.n_clusters, np.int64)
         for task in assigned:
-            rows[list(task.cluster_rows)] += list(task.cluster_rows.values())
+            for cluster, count in task.cluster_rows.items():
+                rows[cluster] += count
         units = []
         for group, (low, high) in enumerate(zip(model.group_starts[:-1], model.group_starts[1:], strict=True)):
             clusters = tuple(Cluster(k, int(rows[k]), ()) for k in range(low, high) if rows[k])

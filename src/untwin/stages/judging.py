@@ -52,13 +52,13 @@ class JudgedUnit:
     def __init__(self, job: Clustering, task: InputTask, dim: int) -> None:
         self._job, self._task, self.dim = job, task, dim
         self._schema = pa.schema(job.carried_fields)
-        self._held: list[JudgedRows] = []
+        self._held: list[JudgedRows] | None = None
         self.rejected = RejectedRows(job.listing.id_type)
         self.reasons: list[dict[str, int]] = []
 
     def parts(self) -> Iterator[JudgedRows]:
         """The rows that can be judged: those held, or a unit's worth of rows at a time as they are read."""
-        return iter(self._held) if self._held else self._read()
+        return self._read() if self._held is None else iter(self._held)
 
     def hold(self, *, whole_rows: bool) -> None:
         """Read everything, and keep it for `parts`; whole rows, too, for who asks `read_rows` for them."""
@@ -67,7 +67,7 @@ class JudgedUnit:
     @property
     def n_bytes(self) -> int:
         """Bytes that are held."""
-        return sum(part.n_bytes for part in self._held)
+        return sum(part.n_bytes for part in self._held or ())
 
     def _read(self, *, whole_rows: bool = False) -> Iterator[JudgedRows]:
         job, task = self._job, self._task
