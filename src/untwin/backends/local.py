@@ -75,6 +75,11 @@ class LocalExecutor(Executor):
         if self.memory < 1 << 20:
             raise ParameterError(f"memory is {memory} bytes; give at least 64 MB, as in 4GB or 512MB")
 
+    @property
+    def space_bytes(self) -> int:
+        """Most bytes that are held in memory from one stage to another: half of what is beyond 512 MiB."""
+        return max(0, self.memory - _TIGHT_MEMORY) // 2
+
     def execute(
         self, stages: Sequence[Stage], progress: Progress | None = None, ledger: Ledger | None = None
     ) -> Outcome:
@@ -86,7 +91,7 @@ class LocalExecutor(Executor):
         results: dict[str, tuple[Task, ...]] = {}
         reports: list[StageReport] = []
         stopped = threading.Event()
-        space = Space(max(0, self.memory - _TIGHT_MEMORY) // 2)
+        space = Space(self.space_bytes)
         trim = _memory_trimmer() if self.memory < _AMPLE_MEMORY else lambda: None
         waiting: list[_Chain] = []
         with (

@@ -112,8 +112,10 @@ class PreparedRun:
 
     @property
     def needed_memory(self) -> int:
-        """Bytes with which every unit runs at full speed on all workers."""
-        return self.executor.workers * 5 * min(self.plan.unit_bytes, self.plan.vector_bytes) + (128 << 20)
+        """Bytes with which every unit runs at full speed on all workers, and what is held for later stages."""
+        rows = self.plan.vector_bytes + SIDE_BYTES * self.plan.n_rows + kept_bytes(self.parameters, self.listing)
+        work = self.executor.workers * 5 * min(self.plan.unit_bytes, self.plan.vector_bytes) + (128 << 20)
+        return work + min(self.executor.space_bytes, rows)
 
     def check(self) -> None:
         """Raise ResourceError if the disk or the memory budget is too small."""
