@@ -33,7 +33,7 @@ CHAINS = [
     "remove",
 ]
 """What runs unit by unit, between barriers."""
-PROBES = ["--probes", "3", "--eps", "0.3"]
+PROBES = ["--probes", "3", "--eps", "0.4"]
 CHAINS_WITH_PROBES = [
     *CHAINS[:4],
     "gather.pairwise",
