@@ -142,7 +142,7 @@ def test_labels_near_are_those_of_brute_force_among_the_neighbours(n_neighbours,
     allowed[rows[:, None], near[old]] = True
     allowed[:, 20] = False
     want = np.where(allowed, distance, np.inf).argmin(axis=1)
-    neighbours = finder.neighbours(C, n_neighbours)
+    neighbours = finder.neighbours(n_neighbours)
     got = finder.labels_near(X, old, neighbours, counts)
     if n_neighbours > 1:
         assert (want != old).sum() > 100
@@ -157,7 +157,7 @@ def test_neighbours_are_the_nearest_of_brute_force_and_first_the_centroid_itself
     C[200:240, 0] *= np.float32(1 + 2.0**-22)
     kept = np.r_[0:100, 140:300]
     for count in (1, 2, 17, 400):
-        table = NearestCentroid(C).neighbours(C, count)
+        table = NearestCentroid(C).neighbours(count)
         want = exact_distances(C, C[kept]).argsort(axis=1, kind="stable")[:, :count]
         np.testing.assert_array_equal(np.sort(table, axis=1), np.sort(want, axis=1))
         np.testing.assert_array_equal(C[kept][table[:, 0]], C)

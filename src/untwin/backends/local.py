@@ -103,7 +103,7 @@ class LocalExecutor(Executor):
             for chain in segments(stages):
                 started = time.perf_counter()
                 run = _Chain(chain, ledger, stopped, space, trim)
-                n_rows, n_reused = self._run_chain(run, upstream, pool, shown, ledger)
+                n_reused = self._run_chain(run, upstream, pool, shown, ledger)
                 if not run.complete:
                     waiting.append(run)
                 if not space.has_only_copies:
@@ -116,28 +116,29 @@ class LocalExecutor(Executor):
                     done = run.results_of(index)
                     results[stage.name] = done
                     upstream = Upstream((*upstream.stages, done))
-                    reports.append(StageReport(stage.name, len(done), n_rows, seconds * run.share(index), n_reused))
+                    report = StageReport(stage.name, len(done), run.n_rows, seconds * run.share(index), n_reused)
+                    reports.append(report)
                     if stage.verbose:
-                        _log.info("%s: %d units, %d rows, %.2f s", stage.name, len(done), n_rows, reports[-1].seconds)
+                        _log.info("%s: %d units, %d rows, %.2f s", stage.name, len(done), run.n_rows, report.seconds)
         return Outcome(results, tuple(reports))
 
     def _run_chain(
         self, run: _Chain, upstream: Upstream, pool: ThreadPoolExecutor, shown: Progress, ledger: Ledger | None
-    ) -> tuple[int, int]:
-        """Do what is left of a chain; returns its rows, and the units that were done already."""
+    ) -> int:
+        """Do what is left of a chain; returns the number of units that were done already."""
         finished = ledger.finished(run.name) if ledger else None
         if finished is not None:
             run.results = [list(tasks) for tasks in finished.tasks]
-            n_rows, n_reused = finished.n_rows, len(run.results[0])
+            run.n_rows, n_reused = finished.n_rows, len(run.results[0])
         else:
             units = run.stages[0].units(upstream)
-            n_rows = run.n_rows = sum(unit.n_rows for unit in units)
+            run.n_rows = sum(unit.n_rows for unit in units)
             left = [unit for unit in units if not run.reuse(unit)]
             n_reused = len(units) - len(left)
-            shown.start(" + ".join(stage.name for stage in run.stages), n_rows)
+            shown.start(" + ".join(stage.name for stage in run.stages), run.n_rows)
             try:
                 if n_reused:
-                    shown.advance(n_rows - sum(unit.n_rows for unit in left))
+                    shown.advance(run.n_rows - sum(unit.n_rows for unit in left))
                 self._run_units(run, left, pool, shown)
             finally:
                 shown.finish()
@@ -145,7 +146,7 @@ class LocalExecutor(Executor):
                 run.record()
         for stage in run.stages:
             stage.finish()
-        return n_rows, n_reused
+        return n_reused
 
     def _run_units(self, run: _Chain, units: Sequence[Task], pool: ThreadPoolExecutor, progress: Progress) -> None:
         largest = 0
@@ -206,6 +207,7 @@ class _Chain:
         self.stages = stages
         self.space = space
         self.n_rows = 0
+        """Rows that the stages go over."""
         self.complete = True
         """All that the units have left is in files."""
         self._files: list[WrittenFile] = []

@@ -172,24 +172,25 @@ class NearestCentroid:
             out[rows, :count] = self._index[self._nearest_few(X[rows], count)]
         return out
 
-    def neighbours(self, centroids: Float32, count: int) -> Neighbours:
-        """Those nearest to each of (K, D) `centroids`, which this was made from: itself, then others in any order."""
-        count = min(count, len(self._centroids))
-        table = np.empty((len(centroids), count), np.intp)
-        for rows in slices_of(len(centroids), _ASSIGN_ROWS // 4):
-            scores = centroids[rows] @ self._centroids.T
+    def neighbours(self, count: int) -> Neighbours:
+        """Those nearest to each of the (K, D) centroids that this was made from: itself, then others in any order."""
+        n_distinct = len(self._centroids)
+        count = min(count, n_distinct)
+        table = np.empty((n_distinct, count), np.intp)
+        for rows in slices_of(n_distinct, _ASSIGN_ROWS // 4):
+            scores = self._centroids[rows] @ self._centroids.T
             scores -= self._half_squares
             kth = np.partition(scores, -count, axis=1)[:, -count]
             close = scores >= float32_below(kth - 2 * self._error)[:, None]
             unsure = np.flatnonzero(close.sum(axis=1) > count)
             close[unsure] = False
-            close[unsure[:, None], self._nearest_few(centroids[rows][unsure], count)] = True
+            close[unsure[:, None], self._nearest_few(self._centroids[rows][unsure], count)] = True
             table[rows] = np.flatnonzero(close).reshape(-1, count) % close.shape[1]
-        every = np.arange(len(table))
-        own = (table == self._place[:, None]).argmax(axis=1)
+        every = np.arange(n_distinct)
+        own = (table == every[:, None]).argmax(axis=1)
         table[every, own] = table[:, 0]
-        table[:, 0] = self._place
-        return table
+        table[:, 0] = every
+        return table[self._place]
 
     def labels_near(self, X: Float32, old: Int32, neighbours: Neighbours, counts: Int64) -> Int32:
         """Find the nearest centroid among the neighbours of the one that a row had, as if that did not hold the row.
@@ -297,7 +298,7 @@ def _finder(centroids: Float32, n_neighbours: int | None, counts: Int64) -> Call
     finder = NearestCentroid(centroids)
     if n_neighbours is None:
         return lambda X, old: finder.labels(X)
-    neighbours = finder.neighbours(centroids, n_neighbours)
+    neighbours = finder.neighbours(n_neighbours)
     return lambda X, old: finder.labels_near(X, old, neighbours, counts) if len(X) else old
 
 

@@ -17,6 +17,7 @@ from untwin.stages.tasks import InputTask
 from untwin.storage.columns import Reason, decode_vectors
 from untwin.storage.files import Storage, redact
 from untwin.storage.listing import Listing
+from untwin.storage.memory import whole_bytes
 from untwin.storage.partitions import ROW
 from untwin.storage.rows import RowBatch, read_rows
 
@@ -36,8 +37,7 @@ class JudgedRows:
     @property
     def n_bytes(self) -> int:
         """Bytes in memory, with the room behind the vectors."""
-        vectors = self.vectors if self.vectors.base is None else self.vectors.base
-        return int(vectors.nbytes + self.columns.nbytes)
+        return whole_bytes(self.vectors) + int(self.columns.nbytes)
 
 
 class JudgedUnit:

@@ -87,11 +87,8 @@ class SampleStage(Stage):
     def _picked(self, unit: JudgedUnit, bound: np.uint64) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.float32]]]:
         """Hashes and vectors of the sampled rows among those held."""
         for part in unit.parts():
-            ids = part.columns[self._clustering.fields.id_field]
-            hashes = np.concatenate(
-                [hash_ids(chunk, self._clustering.seed + SAMPLE_SEED) for chunk in ids.chunks]
-                or [np.empty(0, np.uint64)]
-            )
+            ids = part.columns[self._clustering.fields.id_field].combine_chunks()
+            hashes = hash_ids(ids, self._clustering.seed + SAMPLE_SEED)
             chosen = np.flatnonzero(hashes <= bound)
             yield hashes[chosen], part.vectors[chosen]
 

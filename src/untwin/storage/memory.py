@@ -8,6 +8,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class Space:
     """Objects that are held under the paths of the files that they stand for, up to a number of bytes.
@@ -88,3 +91,8 @@ _space: contextvars.ContextVar[Space] = contextvars.ContextVar("untwin-space", d
 def space() -> Space:
     """The space of this thread; one without room where none is active."""
     return _space.get()
+
+
+def whole_bytes(array: NDArray[np.generic]) -> int:
+    """Bytes that an array keeps in memory: those of the array that it is a view of, if it is one."""
+    return int((array if array.base is None else array.base).nbytes)

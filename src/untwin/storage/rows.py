@@ -58,13 +58,11 @@ def read_rows(
     room = space()
 
     def read_span(span: Span) -> Iterator[pa.RecordBatch]:
-        if columns is not None:
-            return (
-                _hold(storage, format_, span, columns, rows, room)
-                if hold
-                else format_.read(storage, span, columns, rows)
-            )
-        return _held_or_read(storage, format_, span, rows, room)
+        if columns is None:
+            return _held_or_read(storage, format_, span, rows, room)
+        if hold:
+            return _hold(storage, format_, span, columns, rows, room)
+        return format_.read(storage, span, columns, rows)
 
     def read() -> Iterator[RowBatch]:
         return _coalesced(_read_spans(spans, read_span, rows), rows)
@@ -105,12 +103,14 @@ def _held_or_read(
     storage: Storage, format_: InputFormat, span: Span, rows: int, room: Space
 ) -> Iterator[pa.RecordBatch]:
     """Whole rows of a span: pieces that are held from memory, what is between them from the file."""
-    held = {number: room.pop(_name(piece)) for number, piece in enumerate(span.pieces())} if room.used else {}
     first = 0
-    for number in [number for number, whole in held.items() if whole is not None]:
-        if number > first:
+    for number, piece in enumerate(span.pieces() if room.used else ()):
+        whole = room.pop(_name(piece))
+        if whole is None:
+            continue
+        if first < number:
             yield from format_.read(storage, span.part(first, number), None, rows)
-        yield from held.pop(number)
+        yield from whole
         first = number + 1
     if first < len(span.group_rows):
         yield from format_.read(storage, span.part(first, len(span.group_rows)), None, rows)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from untwin.storage.columns import matrix_of, vector_array
 from untwin.storage.files import Storage, note_held
 from untwin.storage.inputs import naming_file
-from untwin.storage.memory import space
+from untwin.storage.memory import space, whole_bytes
 
 _COPIED_ROWS = 256
 """So that what lies between two copies stays in a core's own cache."""
@@ -75,8 +75,7 @@ class Shard:
     @property
     def n_bytes(self) -> int:
         """Bytes in memory."""
-        vectors = self.vectors if self.vectors.base is None else self.vectors.base
-        return int(vectors.nbytes + self.labels.nbytes + self.order.nbytes + self.columns.nbytes)
+        return whole_bytes(self.vectors) + int(self.labels.nbytes + self.order.nbytes + self.columns.nbytes)
 
     def group(self, number: int) -> GroupRows:
         """The rows of a group of clusters."""
