@@ -59,11 +59,15 @@ class Context:
         memory: Bytes that the unit may use.
         threads: Threads that the unit may use.
         map: `map` over these threads.
+        spread: `map` over the workers of a cluster, for a unit that is too large for one of them: the function, the
+            items and the results travel between processes, and each call may use `memory` bytes and one thread. None
+            where there is only this process.
     """
 
     memory: int
     threads: int
     map: ParallelMap
+    spread: ParallelMap | None = None
 
 
 class Stage(ABC):
