@@ -121,13 +121,18 @@ _shared = [
         metavar="SIZE",
         help="Memory for the data, as in 4GB. [default: half of the machine's]",
     ),
-    click.option("--workers", type=int, metavar="N", help="Threads. [default: all cores]"),
+    click.option("--workers", type=int, metavar="N", help="Most units of work at a time. [default: all cores]"),
     click.option(
         "--backend",
-        type=click.Choice(["local"]),
+        type=click.Choice(["local", "ray"]),
         default="local",
         show_default=True,
-        help="Where the work runs.",
+        help="Where the work runs: threads of this process, or a Ray cluster.",
+    ),
+    click.option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="auto, HOST:PORT or ray://HOST:PORT of a running cluster. [default: RAY_ADDRESS, else one is started]",
     ),
     click.option(
         "--storage-options",
@@ -233,6 +238,7 @@ def run(
     memory: str | None,
     workers: int | None,
     backend: str,
+    ray_address: str | None,
     storage_options: str | None,
     dry_run: bool,
     overwrite: bool,
@@ -245,8 +251,9 @@ def run(
     INPUT is files, folders, globs or URLs (s3://...). Without --eps the run stops before the removal and shows what
     each value would remove; `untwin apply` then does it.
     """
+    from untwin.backends import make_executor
     from untwin.jobs.parameters import RunParameters, parse_bytes
-    from untwin.jobs.run import make_executor, prepare
+    from untwin.jobs.run import prepare
 
     if len(paths) < 2:
         raise ParameterError("give at least one INPUT and the OUTPUT folder")
@@ -259,7 +266,7 @@ def run(
         storage_options=_storage_options(storage_options),
         **options,
     )
-    executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory))
+    executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address)
     prepared = prepare(parameters, executor, overwrite=overwrite)
     click.echo(prepared.summary, err=as_json)
     if dry_run:
@@ -293,6 +300,7 @@ def apply(
     memory: str | None,
     workers: int | None,
     backend: str,
+    ray_address: str | None,
     storage_options: str | None,
     as_json: bool,
     verbose: bool,
@@ -309,6 +317,7 @@ def apply(
             memory=memory,
             workers=workers,
             backend=backend,
+            ray_address=ray_address,
             storage_options=_storage_options(storage_options),
             progress=progress,
         )

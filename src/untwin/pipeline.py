@@ -5,7 +5,7 @@ from __future__ import annotations
 from untwin.backends.base import Executor, Outcome, Progress
 from untwin.backends.ledger import Ledger
 from untwin.errors import ParameterError
-from untwin.stages.base import CompositeStage, Stage
+from untwin.stages.base import CompositeStage, Stage, near_data
 
 
 class Pipeline:
@@ -59,8 +59,9 @@ class Pipeline:
         if not isinstance(executor, Executor):
             raise ParameterError(f"{executor!r} is no executor; give one such as LocalExecutor(), or none")
         flat: list[Stage] = []
-        for step in self.stages:
-            flat.extend(step.stages() if isinstance(step, CompositeStage) else [step])
+        with near_data(executor.call):
+            for step in self.stages:
+                flat.extend(step.stages() if isinstance(step, CompositeStage) else [step])
         for index, stage in enumerate(flat):
             if any(stage.name == other.name for other in flat[:index]):
                 raise ParameterError(

@@ -26,7 +26,7 @@ from inputs import (
     write_parquet,
     write_split,
 )
-from untwin.backends.local import _Chain
+from untwin.backends.chain import Chain
 from untwin.cli import main
 from untwin.jobs.run import PreparedRun
 
@@ -444,8 +444,8 @@ def test_the_memory_asked_for_before_the_run_is_that_of_its_largest_unit(debian,
     asked, needed = [], []
     least = PreparedRun.least_memory.fget
     monkeypatch.setattr(PreparedRun, "least_memory", property(lambda run: asked.append(least(run)) or asked[-1]))
-    minimum = _Chain.minimum_memory
-    monkeypatch.setattr(_Chain, "minimum_memory", lambda *given: needed.append(minimum(*given)) or needed[-1])
+    minimum = Chain.minimum_memory
+    monkeypatch.setattr(Chain, "minimum_memory", lambda *given: needed.append(minimum(*given)) or needed[-1])
     cli("run", debian.path, tmp_path / "out", "--kept", "none", *options)
     assert max(needed) <= asked[0] <= 1.3 * max(needed)
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import untwin
-from untwin.backends.base import Progress
+from untwin.backends import make_executor
+from untwin.backends.base import Executor, Progress
 from untwin.backends.ledger import Ledger
-from untwin.backends.local import LocalExecutor
 from untwin.core import threshold
 from untwin.errors import OutputExistsError, ParameterError, ResultMismatchError
 from untwin.jobs.output import OutputFolder
@@ -29,7 +29,7 @@ from untwin.jobs.record import (
     stage_table,
 )
 from untwin.jobs.result import RunResult
-from untwin.jobs.run import SIDE_BYTES, answer_stages, check_disk, kept_bytes, make_executor, parameters_of
+from untwin.jobs.run import SIDE_BYTES, answer_stages, check_disk, kept_bytes, parameters_of
 from untwin.pipeline import Pipeline
 from untwin.stages.tasks import ClustersTask, DuplicatesTask, PairsTask
 from untwin.storage.files import Storage, normalize_path, redact
@@ -46,6 +46,7 @@ def apply(
     memory: int | str | None = None,
     workers: int | None = None,
     backend: str = "local",
+    ray_address: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -57,8 +58,9 @@ def apply(
         to: Folder for the answer; default: `eps=VALUE` in `output_path`.
         kept: `compact`, `mirror` or `none`; default: as in the run.
         memory: Budget, as bytes or as in "4GB".
-        workers: Threads.
-        backend: How the work is run.
+        workers: Most units of work at a time.
+        backend: `local` or `ray`.
+        ray_address: Of a running Ray cluster, as in `untwin.deduplicate`.
         storage_options: For fsspec.
         progress: Gets told how far the work is.
 
@@ -70,7 +72,7 @@ def apply(
     """
     threshold(eps)
     storage = Storage(dict(storage_options or {}))
-    executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory))
+    executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address)
     run_folder = OutputFolder(storage, normalize_path(os.fspath(output_path)))
     run = run_folder.require_run()
     folder = OutputFolder(storage, normalize_path(os.fspath(to)) if to else run_folder.file(f"eps={float(eps)!r}"))
@@ -119,7 +121,7 @@ def _execute(
     parameters: RunParameters,
     listing: Listing,
     ledger: Ledger,
-    executor: LocalExecutor,
+    executor: Executor,
     progress: Progress | None,
 ) -> RunResult:
     started = time.perf_counter()

@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from untwin.backends import make_executor
 from untwin.backends.base import Progress
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import parse_bytes
 from untwin.jobs.recall import MAX_SAMPLE, MIN_NEIGHBOURS, measure_recall
 from untwin.jobs.result import RunResult
-from untwin.jobs.run import make_executor
 from untwin.storage.files import Storage, normalize_path
 from untwin.storage.lock import locked
 
@@ -26,6 +26,7 @@ def audit(
     memory: int | str | None = None,
     workers: int | None = None,
     backend: str = "local",
+    ray_address: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -44,8 +45,9 @@ def audit(
         min_neighbours: Rows are sampled until so many have a neighbour within eps, or all rows are.
         max_sample: Sample no more than about so many rows.
         memory: Budget, as bytes or as in "4GB".
-        workers: Threads.
-        backend: How the work is run.
+        workers: Most units of work at a time.
+        backend: `local` or `ray`.
+        ray_address: Of a running Ray cluster, as in `untwin.deduplicate`.
         storage_options: For fsspec.
         progress: Gets told how far the work is.
 
@@ -57,7 +59,7 @@ def audit(
         UntwinError: No finished run there, its clusters are not there any more, or a parameter makes no sense.
     """
     storage = Storage(dict(storage_options or {}))
-    executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory))
+    executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address)
     folder = OutputFolder(storage, normalize_path(os.fspath(output_path)))
     folder.require_run()
     with locked(storage, folder.path):

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from untwin.backends.base import Progress
-from untwin.backends.local import LocalExecutor
+from untwin.backends.base import Executor, Progress
 from untwin.core import EPS_GRID, mix_seed, share_interval, threshold
 from untwin.errors import ParameterError
 from untwin.jobs.output import OutputFolder
@@ -50,7 +49,7 @@ _HASHES = 1 << 64
 def measure_recall(
     folder: OutputFolder,
     run: Mapping[str, Any],
-    executor: LocalExecutor,
+    executor: Executor,
     *,
     eps: float | None = None,
     seed: int | None = None,
@@ -133,7 +132,7 @@ def measure_recall(
 def choose_probes(
     folder: OutputFolder,
     clusters: Sequence[ClustersTask],
-    executor: LocalExecutor,
+    executor: Executor,
     *,
     centroids_path: str,
     id_field: str,
@@ -285,7 +284,7 @@ def _job(
 
 def _sample(
     job: Audit,
-    executor: LocalExecutor,
+    executor: Executor,
     at: int,
     min_neighbours: int,
     max_sample: int,
@@ -312,7 +311,7 @@ def _parts(low: int, high: int, n_parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def _run_pass(job: Audit, executor: LocalExecutor, progress: Progress | None) -> RecallTask:
+def _run_pass(job: Audit, executor: Executor, progress: Progress | None) -> RecallTask:
     try:
         stages: list[Any] = [AuditSampleStage(job), AuditCompareStage(job), AuditCountStage(job)]
         outcome = Pipeline("untwin audit", stages=stages).run(executor, progress)

@@ -18,8 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import untwin
-from untwin.backends.base import Outcome
-from untwin.backends.local import LocalExecutor
+from untwin.backends.base import Executor, Outcome
 from untwin.core import EPS_GRID
 from untwin.errors import ResultMismatchError
 from untwin.jobs.output import FORMAT_VERSION, OutputFolder
@@ -66,9 +65,9 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resources(executor: LocalExecutor) -> dict[str, Any]:
+def resources(executor: Executor) -> dict[str, Any]:
     """What the work was done with."""
-    return {"backend": "local", "workers": executor.workers, "memory_bytes": executor.memory}
+    return {"backend": executor.name, "workers": executor.workers, "memory_bytes": executor.memory}
 
 
 def now() -> str:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from untwin.backends.base import Progress
+from untwin.backends import make_executor
+from untwin.backends.base import Executor, Progress
 from untwin.backends.ledger import Ledger
-from untwin.backends.local import LocalExecutor
 from untwin.errors import OutputExistsError, ParameterError, ResourceError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
@@ -62,7 +62,6 @@ _UNIT_SPREAD = 1.12
 """Clusters are grouped into units by an estimate of their rows; a unit can have so many times the rows it aims at."""
 SIDE_BYTES = 150
 """Of a row's id, metadata and results, on the disk."""
-BACKENDS = ("local",)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class PreparedRun:
     listing: Listing
     plan: Plan
     folder: OutputFolder
-    executor: LocalExecutor
+    executor: Executor
     done: RunResult | None
     overwrite: bool = False
 
@@ -371,18 +370,7 @@ def show_bytes(size: int) -> str:
     return f"{max(1, round(size / 10**6)):,} MB"
 
 
-def make_executor(backend: str, workers: int | None, memory: int | None) -> LocalExecutor:
-    """The backend of a name.
-
-    Raises:
-        ParameterError: No such backend.
-    """
-    if backend not in BACKENDS:
-        raise ParameterError(f"backend is {backend!r}; known are {', '.join(BACKENDS)}")
-    return LocalExecutor(workers, memory)
-
-
-def prepare(parameters: RunParameters, executor: LocalExecutor, *, overwrite: bool = False) -> PreparedRun:
+def prepare(parameters: RunParameters, executor: Executor, *, overwrite: bool = False) -> PreparedRun:
     """List the input, plan, and check everything that can be checked before the work; nothing is written.
 
     Raises:
@@ -405,7 +393,8 @@ def prepare(parameters: RunParameters, executor: LocalExecutor, *, overwrite: bo
             raise OutputExistsError(
                 f"{redact(given)}: the input lies inside the output {redact(folder.path)}; choose another output folder"
             )
-    listing = list_inputs(
+    listing = executor.call(
+        list_inputs,
         storage,
         parameters.inputs,
         Fields(parameters.id_field, parameters.embedding_field, parameters.carried_fields),
@@ -457,6 +446,8 @@ def deduplicate(
     audit: bool = False,
     memory: int | str | None = None,
     workers: int | None = None,
+    backend: str = "local",
+    ray_address: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -489,8 +480,12 @@ def deduplicate(
         kept: `compact` files of about 256 MB, `mirror` the input's files, or `none`.
         drop_intermediate: Remove `kmeans/` and `pairwise/` at the end.
         audit: Measure at the end what was missed at the borders of clusters, as `untwin.audit` does.
-        memory: Budget, as bytes or as in "4GB"; default half of the memory of the machine or container.
-        workers: Threads; default: the cores this process may use.
+        memory: Budget, as bytes or as in "4GB"; default half of the memory of the machine or container; on a cluster
+            of each machine.
+        workers: Most units of work at a time; default: the cores this process may use, or those of the cluster.
+        backend: `local` or `ray`.
+        ray_address: Of a running Ray cluster: `auto`, `host:port` or `ray://host:port`; default: the one in the
+            environment variable RAY_ADDRESS, else one that is started on this machine.
         storage_options: For fsspec, input and output alike; never written or shown.
         overwrite: Remove an earlier run in `output_path` first.
         progress: Gets told how far the work is.
@@ -531,7 +526,7 @@ def deduplicate(
         audit=audit,
         storage_options=dict(storage_options or {}),
     )
-    executor = make_executor("local", workers, None if memory is None else parse_bytes(memory))
+    executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address)
     return prepare(parameters, executor, overwrite=overwrite).execute(progress)
 
 

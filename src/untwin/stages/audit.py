@@ -138,6 +138,11 @@ class AuditSampleStage(Stage):
     def __init__(self, audit: Audit) -> None:
         self.audit = audit
 
+    @property
+    def place(self) -> tuple[Storage, str]:
+        """The folder that the stage writes to."""
+        return self.audit.storage, self.audit.work_path
+
     def units(self, upstream: Upstream) -> Sequence[ClustersTask]:
         """The groups of clusters."""
         return self.audit.clusters

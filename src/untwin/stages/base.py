@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ class Task:
 
 
 T = TypeVar("T", bound=Task)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,11 @@ class Stage(ABC):
     def process(self, task: Any, context: Context) -> Task:
         """Do one unit of work. Doing it again gives the same files."""
 
+    @property
+    def place(self) -> tuple[Storage, str] | None:
+        """The folder that the stage writes to; None if it is one that a stage before it has written to."""
+        return None
+
     def scratch(self) -> tuple[str, ...]:
         """Folders that `finish` removes: nobody reads them once all units of the stage are done."""
         return ()
@@ -127,6 +135,26 @@ class Stage(ABC):
     def cost(self, task: Task) -> float:
         """Work in the unit, in any unit of measure that is the same for all units of the stage."""
         return float(task.n_rows)
+
+
+_call: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar("untwin-call", default=None)
+
+
+@contextlib.contextmanager
+def near_data(call: Callable[..., Any]) -> Iterator[None]:
+    """Have `where_data_is` call functions by `call(function, *args, **options)`."""
+    token = _call.set(call)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
+
+def where_data_is(function: Callable[..., R], *args: Any, **options: Any) -> R:
+    """Call a function that reads input, or a stage's vectors, for a stage's `units`: the driver of a cluster cannot."""
+    call = _call.get()
+    result: R = function(*args, **options) if call is None else call(function, *args, **options)
+    return result
 
 
 class CompositeStage(ABC):

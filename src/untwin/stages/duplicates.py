@@ -80,6 +80,11 @@ class _SelectStage(Stage):
         self._source, self._target, self._output_path, self._eps = source, target, output_path, eps
         self._work_path = join(output_path, "duplicates", "_work")
 
+    @property
+    def place(self) -> tuple[Storage, str]:
+        """The folder that the stage writes to."""
+        return self._target, self._output_path
+
     def check_output(self) -> None:
         """Refuse an output that is there."""
         for name in ("duplicates", "groups.parquet"):

@@ -13,7 +13,7 @@ from untwin.errors import ParameterError
 from untwin.plan import Plan, make_plan
 from untwin.stages import checks
 from untwin.stages.assign import AssignStage
-from untwin.stages.base import CompositeStage, Stage, require_empty, storage_of
+from untwin.stages.base import CompositeStage, Stage, require_empty, storage_of, where_data_is
 from untwin.stages.clustering import Clustering
 from untwin.stages.fit import FitStage
 from untwin.stages.gather import GatherStage
@@ -195,7 +195,8 @@ class KMeansStage(CompositeStage):
         job = self.clustering
         if job is None:
             require_empty(self.target, self.output_path)
-            listing = list_inputs(
+            listing = where_data_is(
+                list_inputs,
                 self.source,
                 self.input_paths,
                 self.fields,

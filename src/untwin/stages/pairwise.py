@@ -45,7 +45,7 @@ from untwin.storage.columns import (
     list_lengths,
     matrix_of,
 )
-from untwin.storage.files import is_remote, join, normalize_path, redact
+from untwin.storage.files import Storage, is_remote, join, normalize_path, redact
 from untwin.storage.partitions import (
     ROW,
     find_partitions,
@@ -146,6 +146,11 @@ class PairwiseStage(Stage):
         self.clusters: Sequence[ClustersTask] | None = None
         """The clusters, where they are known without looking into the input folder."""
         self._work_path = join(self.output_path, "_work")
+
+    @property
+    def place(self) -> tuple[Storage, str]:
+        """The folder that the stage writes to."""
+        return self.target, self.output_path
 
     def check_output(self) -> None:
         """Refuse an output that is there."""

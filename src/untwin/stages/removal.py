@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from untwin.errors import InputNotFoundError, ParameterError, ResultMismatchError, SchemaError
 from untwin.plan import split_evenly
 from untwin.stages import checks
-from untwin.stages.base import Context, Stage, Upstream, require_empty, storage_of
+from untwin.stages.base import Context, Stage, Upstream, require_empty, storage_of, where_data_is
 from untwin.stages.clustering import IDS_SEED_1, IDS_SEED_2
 from untwin.stages.duplicates import MergeStage
 from untwin.stages.ids import hash_ids
 from untwin.stages.tasks import CentroidsTask, DuplicatesTask, InputTask, KeptTask
 from untwin.storage.bitmap import byte_range, counts_before, get_bits
 from untwin.storage.columns import common_id_type, decode_ids, id_type, without_views
-from untwin.storage.files import join, normalize_path, redact
+from untwin.storage.files import Storage, join, normalize_path, redact
 from untwin.storage.inputs import FORMATS, naming_file
 from untwin.storage.kept import KEPT_WRITERS, KeptWriter
 from untwin.storage.listing import Fields, Groups, Listing, list_inputs
@@ -92,6 +92,11 @@ class RemoveDuplicatesStage(Stage):
         self._hash_files: list[str] = []
         self._work_path = join(self.output_path, "_work")
 
+    @property
+    def place(self) -> tuple[Storage, str]:
+        """The folder that the stage writes to."""
+        return self.target, self.output_path
+
     def check_output(self) -> None:
         """Refuse an output that is there."""
         require_empty(self.target, self.output_path)
@@ -106,7 +111,8 @@ class RemoveDuplicatesStage(Stage):
 
     def units(self, upstream: Upstream) -> Sequence[InputTask]:
         """Runs of input pieces, each of which fills an output file."""
-        listing = self.listing or list_inputs(
+        listing = self.listing or where_data_is(
+            list_inputs,
             self.source,
             self.input_paths,
             Fields(self.id_field, ""),

@@ -16,6 +16,7 @@ from untwin.stages.ids import hash_ids
 from untwin.stages.judging import JudgedUnit
 from untwin.stages.tasks import InputTask, SampleTask
 from untwin.storage.columns import Reason, decode_vectors, list_lengths
+from untwin.storage.files import Storage
 from untwin.storage.memory import space
 from untwin.storage.rows import read_rows
 from untwin.storage.sample import sample_batch, write_sample
@@ -38,6 +39,11 @@ class SampleStage(Stage):
     def __init__(self, clustering: Clustering) -> None:
         self._clustering = clustering
         self._hold_input = False
+
+    @property
+    def place(self) -> tuple[Storage, str]:
+        """The folder that the stage writes to."""
+        return self._clustering.target, self._clustering.output_path
 
     def units(self, upstream: Upstream) -> Sequence[Task]:
         """The plan's input units."""

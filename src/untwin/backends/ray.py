@@ -1,0 +1,516 @@
+"""The Ray backend: units as Ray tasks on the machines of a cluster, which share the storage of input and output.
+
+Rows never pass through Ray or through the driver: a task gets a unit's description, reads and writes files, and returns
+what came of it. What travels once a chain are its stages, with the plan and the listing of the input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import logging
+import os
+import pickle
+import socket
+import time
+import traceback
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from untwin.backends.base import Crew, Executor, Progress
+from untwin.backends.chain import Chain, UnitDone, do_unit
+from untwin.backends.local import check_memory, check_workers
+from untwin.backends.process import default_workers, working_process
+from untwin.errors import MissingExtraError, ParameterError, ResourceError, UntwinError
+from untwin.stages.base import Context, ParallelMap, Stage, Task
+from untwin.storage.files import Storage, join, redact
+
+try:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError, TaskCancelledError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+except ImportError as error:
+    raise MissingExtraError(
+        "the Ray backend needs a package that is not installed: pip install 'untwin[ray]'"
+    ) from error
+
+_OLDEST = (2, 40)
+"""Older versions of Ray were never tried."""
+_REACH_SECONDS = 10.0
+"""How long to wait for a cluster to answer."""
+_PROBE_SECONDS = 60.0
+_TRIES = 6
+"""How often a unit is begun before it is given up; each lost worker or node costs one."""
+_LOOK_SECONDS = 1.0
+"""How often the nodes of the cluster are counted anew."""
+_CANCEL_SECONDS = 10.0
+_PROCESS_BYTES = 256 << 20
+"""A worker's interpreter and libraries."""
+_RECORDERS = 16
+_log = logging.getLogger("untwin")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """The nodes that can work: how many, their CPUs, and the CPUs and bytes of memory of the smallest."""
+
+    count: int
+    cpus: int
+    node_cpus: int
+    node_memory: int
+
+
+class RayExecutor(Executor):
+    """Runs each unit as a Ray task that declares its CPUs and its memory.
+
+    A unit that fits a worker's share of the memory gets one CPU. One that needs more, or that holds more than its share
+    of the work and can be split, gets all CPUs of a node; if that is still too little, its parts are spread over all
+    nodes. Units whose worker or node dies are done again; nodes that join get work. Input and output have to be on
+    storage that all nodes see: a shared folder or an object store.
+
+    Args:
+        address: Of a running cluster: `auto`, `host:port` or `ray://host:port`. None: the cluster of this process or of
+            the environment variable RAY_ADDRESS, else one that is started on this machine and ends with this process.
+        workers: Most units at a time; default: the CPUs of the cluster.
+        memory: Budget in bytes for the data in work on each node; default: half of what the smallest node has.
+
+    Raises:
+        MissingExtraError: Ray is not installed, or too old.
+        ResourceError: The cluster cannot be reached.
+    """
+
+    name = "ray"
+
+    def __init__(self, address: str | None = None, workers: int | None = None, memory: int | None = None) -> None:
+        self._workers = None if workers is None else check_workers(workers)
+        budget = None if memory is None else check_memory(memory)
+        _connect(address, self._workers)
+        nodes = _nodes()
+        self.workers = min(nodes.cpus, self._workers or nodes.cpus)
+        self.memory = budget or nodes.node_memory // 2
+        self.units_by_node: Counter[str] = Counter()
+        """Units that each node has done, by its id."""
+        self._seen: set[tuple[str, str]] = set()
+
+    @contextmanager
+    def at_work(self, stages: Sequence[Stage]) -> Iterator[Crew]:
+        """The workers of the cluster, once it is known that they see the storage."""
+        self._check_storage(stages)
+        with ThreadPoolExecutor(_RECORDERS, "untwin-record") as recorders:
+            yield _Tasks(self.memory, self._workers, self.units_by_node, recorders)
+
+    def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Call a function on a worker."""
+        held = [ray.put((function, args, options))]
+        reference = _remote(_call, num_cpus=1, max_retries=_TRIES - 1, name=function.__name__).remote(held, self.memory)
+        try:
+            outcome = ray.get(reference)
+        except KeyboardInterrupt:
+            _cancel([reference])
+            raise
+        except RayError as error:
+            raise _lost(function.__name__, error) from error
+        result: T = _result(outcome)
+        return result
+
+    def _check_storage(self, stages: Sequence[Stage]) -> None:
+        """Raise ResourceError if a node does not see what the driver writes, or has another version of untwin."""
+        place = next(filter(None, (stage.place for stage in stages)), None)
+        if place is None:
+            return
+        storage, folder = place
+        new = [node for node in _working_nodes() if (node["NodeID"], folder) not in self._seen]
+        if not new:
+            return
+        token = uuid.uuid4().hex
+        path = join(folder, f"_probe-{token}")
+        storage.write_bytes(path, token.encode())
+        try:
+            strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in new]
+            asked = [
+                _remote(_probe, num_cpus=0, scheduling_strategy=strategy).remote(storage, path, token)
+                for strategy in strategies
+            ]
+            for node, reference in zip(new, asked, strict=True):
+                where = f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+                version = _answer_of(reference, where, folder)
+                if version != _version():
+                    raise ResourceError(
+                        f"{where} of the Ray cluster has untwin {version}, this process {_version()}; install the "
+                        "same version on all nodes"
+                    )
+                self._seen.add((node["NodeID"], folder))
+        finally:
+            storage.remove(path)
+
+
+class _Tasks(Crew):
+    """Units as Ray tasks. Few are in flight at a time, and what comes of them is recorded by a few threads."""
+
+    def __init__(
+        self, memory: int, workers: int | None, units_by_node: Counter[str], recorders: ThreadPoolExecutor
+    ) -> None:
+        self._memory, self._workers = memory, workers
+        self._units_by_node, self._recorders = units_by_node, recorders
+
+    def run(self, chain: Chain, units: Sequence[Task], progress: Progress) -> None:
+        chain.check_memory(units, self._memory)
+        nodes = _nodes()
+        share = self._memory // nodes.node_cpus
+        alone, together = chain.split(units, share, nodes.cpus)
+        total = sum(map(chain.cost, units))
+        spread: list[Task] = []
+        inside: list[Task] = []
+        for unit in alone:
+            large = chain.memory(unit) > self._memory or (
+                chain.splittable and chain.cost(unit) * 2 * nodes.count > total
+            )
+            (spread if large and nodes.count > 1 else inside).append(unit)
+        stages = ray.put(list(chain.stages))
+        whole = functools.partial(self._submit, chain, stages, nodes, nodes.node_cpus, self._memory)
+        one = functools.partial(self._submit, chain, stages, nodes, 1, share)
+        # one at a time: the parts of two could wait for memory that both hold
+        self._run(chain, spread, progress, lambda: 1, functools.partial(whole, spread_memory=share))
+        self._run(chain, inside, progress, functools.partial(self._in_flight, nodes.node_cpus), whole)
+        self._run(chain, together, progress, functools.partial(self._in_flight, 1), one)
+
+    def _submit(
+        self,
+        chain: Chain,
+        stages: Any,
+        nodes: _Nodes,
+        n_cpus: int,
+        memory: int,
+        unit: Task,
+        spread_memory: int = 0,
+    ) -> Any:
+        declared = min(chain.memory(unit), memory) + _PROCESS_BYTES
+        task = _remote(
+            _work,
+            num_cpus=n_cpus,
+            memory=min(declared, nodes.node_memory * n_cpus // nodes.node_cpus),
+            name=f"{chain.name} {unit.unit}",
+            scheduling_strategy="SPREAD",
+        )
+        # the reference lies in a list, so that a worker fetches the stages once, and not for every unit
+        return task.remote([stages], unit, n_cpus, memory, spread_memory, chain.recorded)
+
+    def _run(
+        self,
+        chain: Chain,
+        units: Sequence[Task],
+        progress: Progress,
+        in_flight: Callable[[], int],
+        submit: Callable[[Task], Any],
+    ) -> None:
+        left = deque((unit, 1) for unit in units)
+        pending: dict[Any, tuple[Task, int]] = {}
+        recording: dict[Future[None], Task] = {}
+        try:
+            while left or pending or recording:
+                most = in_flight()
+                while left and len(pending) < most:
+                    unit, number = left.popleft()
+                    pending[submit(unit)] = unit, number
+                done, _ = ray.wait(list(pending), timeout=_LOOK_SECONDS) if pending else ([], [])
+                for reference in done:
+                    unit, number = pending.pop(reference)
+                    outcome = _outcome(reference)
+                    if isinstance(outcome, RayError):
+                        self._again(chain, unit, number, outcome)
+                        left.appendleft((unit, number + 1))
+                        continue
+                    node, result = _result(outcome)
+                    self._units_by_node[node] += 1
+                    recording[self._recorders.submit(chain.add, unit, result)] = unit
+                for future in [future for future in recording if future.done() or not pending]:
+                    future.result()
+                    progress.advance(recording.pop(future).n_rows)
+        except BaseException:
+            _cancel(list(pending))
+            raise
+
+    def _in_flight(self, n_cpus: int) -> int:
+        """Enough that no worker waits for the next unit, and few enough that a node that joins finds some left."""
+        slots = max(1, _nodes().cpus // n_cpus)
+        most = slots + max(1, slots // 2)
+        return most if self._workers is None else max(1, min(most, self._workers // n_cpus))
+
+    @staticmethod
+    def _again(chain: Chain, unit: Task, number: int, error: RayError) -> None:
+        what = f"stage {chain.stages[0].name}, unit {unit.unit}"
+        if number >= _TRIES:
+            raise _lost(f"{what} (begun {number} times)", error) from error
+        _log.warning("%s: its worker was lost (%s); it is done again", what, type(error).__name__)
+
+
+class _Spread:
+    """`map` over the workers of the cluster, from inside a unit."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+
+    def __call__(self, function: Callable[[Any], Any], items: Iterable[Any], /) -> Iterator[Any]:
+        held = [ray.put(function)]
+        task = _remote(_apply, num_cpus=1, memory=self._memory, max_retries=_TRIES - 1, scheduling_strategy="SPREAD")
+        left, pending = iter(items), deque[Any]()
+        try:
+            while True:
+                most = 2 * _nodes().cpus
+                for item in left:
+                    pending.append(task.remote(held, item, self._memory))
+                    if len(pending) >= most:
+                        break
+                if not pending:
+                    return
+                yield _result(ray.get(pending[0]))
+                pending.popleft()
+        finally:
+            for reference in pending:
+                ray.cancel(reference, recursive=True)
+
+
+# What follows runs on workers.
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException
+
+
+def _work(
+    held: list[Any], unit: Task, n_threads: int, memory: int, spread_memory: int, recorded: bool
+) -> tuple[str, UnitDone] | _Failure:
+    """Run a chain on a unit."""
+    after_unit = _worker(memory)
+    try:
+        stages = _fetched(held[0])
+        spread: ParallelMap | None = _Spread(spread_memory) if spread_memory else None
+        if n_threads == 1 and spread is None:
+            done = do_unit(stages, unit, Context(memory, 1, map), recorded=recorded)
+        else:
+            with ThreadPoolExecutor(n_threads, "untwin") as pool:
+                done = do_unit(stages, unit, Context(memory, n_threads, pool.map, spread), recorded=recorded)
+        after_unit()
+    except Exception as error:
+        return _failure(error)
+    return ray.get_runtime_context().get_node_id(), done
+
+
+def _call(held: list[Any], memory: int) -> Any:
+    """Call a function."""
+    _worker(memory)
+    try:
+        function, args, options = ray.get(held[0])
+        return function(*args, **options)
+    except Exception as error:
+        return _failure(error)
+
+
+def _apply(held: list[Any], item: Any, memory: int) -> Any:
+    """Apply a function to an item."""
+    after_unit = _worker(memory)
+    try:
+        result = _fetched(held[0])(item)
+        after_unit()
+    except Exception as error:
+        return _failure(error)
+    return result
+
+
+def _probe(storage: Storage, path: str, token: str) -> str | _Failure:
+    """Look for what the driver wrote; gives the version of untwin."""
+    try:
+        if not storage.exists(path) or storage.read_bytes(path).decode() != token:
+            folder = path.rpartition("/")[0]
+            raise ResourceError(
+                f"{redact(folder)}: is not the same folder on all nodes of the Ray cluster; give input and output on "
+                "storage that all of them share, such as a mounted network folder or s3://…"
+            )
+    except Exception as error:
+        return _failure(error)
+    return _version()
+
+
+@functools.lru_cache(maxsize=1)
+def _worker(memory: int) -> Callable[[], None]:
+    """Make this process a worker, for as long as it lives."""
+    return _stack().enter_context(working_process(memory))
+
+
+@functools.lru_cache(maxsize=1)
+def _stack() -> contextlib.ExitStack:
+    return contextlib.ExitStack()
+
+
+_latest: dict[str, Any] = {}
+
+
+def _fetched(reference: Any) -> Any:
+    """An object that many tasks share; a worker keeps the latest, with what it has prepared for its next use."""
+    key = reference.hex()
+    if key not in _latest:
+        value = ray.get(reference)
+        _latest.clear()
+        _latest[key] = value
+    return _latest[key]
+
+
+def _failure(error: Exception) -> _Failure:
+    """An error as it arrives on the driver: itself if it can travel, with where it came from."""
+    if not isinstance(error, UntwinError):
+        error.add_note(f"on host {socket.gethostname()}:\n{''.join(traceback.format_exception(error))}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        told = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note)
+        return _Failure(told)
+    return _Failure(error)
+
+
+# What follows runs on the driver.
+
+
+def _connect(address: str | None, workers: int | None) -> None:
+    """Connect to Ray, unless this process is connected.
+
+    Raises:
+        MissingExtraError: Ray is too old.
+        ResourceError: The cluster cannot be reached.
+    """
+    found = tuple(int(part) for part in ray.__version__.split(".")[:2])
+    if found < _OLDEST:
+        raise MissingExtraError(
+            f"Ray {ray.__version__} is too old for untwin, which needs {_OLDEST[0]}.{_OLDEST[1]} or newer: "
+            "pip install --upgrade 'untwin[ray]'"
+        )
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+    if address is None:
+        # on the loopback address: nobody else is to use it
+        ray.init(
+            address="local",
+            num_cpus=workers or default_workers(),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+        return
+    started = time.monotonic()
+    hint = "start one with 'ray start --head', or leave --ray-address out for one on this machine"
+    if address != "auto":
+        _check_reachable(address, hint)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, RayError) as error:
+        raise ResourceError(
+            f"no Ray cluster at {address} (waited {time.monotonic() - started:.0f} s: {_first_line(error)}); {hint}"
+        ) from error
+
+
+def _check_reachable(address: str, hint: str) -> None:
+    """Raise ResourceError if nobody listens at an address; Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ParameterError(f"ray_address is {address!r}; give auto, HOST:PORT or ray://HOST:PORT")
+    end = time.monotonic() + _REACH_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
+        except OSError as error:
+            if time.monotonic() < end:
+                time.sleep(0.5)
+                continue
+            raise ResourceError(
+                f"no Ray cluster at {address} (waited {_REACH_SECONDS:.0f} s: {error}); {hint}"
+            ) from error
+        return
+
+
+def _nodes() -> _Nodes:
+    """The nodes that can work now, as of a second ago at most."""
+    return _nodes_at(int(time.monotonic() / _LOOK_SECONDS))
+
+
+@functools.lru_cache(maxsize=1)
+def _nodes_at(_: int) -> _Nodes:
+    found = [node["Resources"] for node in _working_nodes()]
+    cpus = [int(node["CPU"]) for node in found]
+    memory = [int(node.get("memory", 1 << 30)) for node in found]
+    return _Nodes(len(found), max(1, sum(cpus)), min(cpus, default=1), min(memory, default=1 << 30))
+
+
+def _working_nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+
+
+def _version() -> str:
+    return importlib.metadata.version("untwin")
+
+
+def _remote(function: Callable[..., Any], **options: Any) -> Any:
+    return ray.remote(function).options(**{"max_retries": 0, **options})
+
+
+def _outcome(reference: Any) -> Any:
+    """What a task returned; the RayError if it was lost."""
+    try:
+        return ray.get(reference)
+    except (RayTaskError, TaskCancelledError):
+        raise
+    except RayError as error:
+        return error
+
+
+def _result(outcome: Any) -> Any:
+    if isinstance(outcome, _Failure):
+        raise outcome.error
+    return outcome
+
+
+def _answer_of(reference: Any, where: str, folder: str) -> Any:
+    """What a node's probe says."""
+    try:
+        return _result(ray.get(reference, timeout=_PROBE_SECONDS))
+    except GetTimeoutError:
+        raise ResourceError(
+            f"{where} of the Ray cluster did not answer within {_PROBE_SECONDS:.0f} s whether it sees {redact(folder)}"
+        ) from None
+    except RayError as error:
+        if "No module named" in str(error):
+            raise ResourceError(
+                f"{where} of the Ray cluster cannot run untwin ({_first_line(error)}); install untwin "
+                f"{_version()} there, with the same extras as here"
+            ) from error
+        raise _lost(f"the look from {where} at {redact(folder)}", error) from error
+
+
+def _lost(what: str, error: RayError) -> ResourceError:
+    return ResourceError(f"{what}: failed on the Ray cluster ({type(error).__name__}: {_first_line(error)})")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "No module named" in line), lines[0] if lines else type(error).__name__)
+
+
+def _cancel(references: Sequence[Any]) -> None:
+    """Interrupt tasks, so that they leave no half-written file; those that do not stop are killed."""
+    with contextlib.suppress(Exception):
+        for reference in references:
+            ray.cancel(reference, recursive=True)
+        _, running = ray.wait(list(references), num_returns=len(references), timeout=_CANCEL_SECONDS)
+        for reference in running:
+            ray.cancel(reference, force=True, recursive=True)
