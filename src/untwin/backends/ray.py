@@ -52,6 +52,8 @@ _LOOK_SECONDS = 1.0
 _CANCEL_SECONDS = 10.0
 _PROCESS_BYTES = 256 << 20
 """A worker's interpreter and libraries."""
+_MEMORY_STEP = 128 << 20
+"""Tasks declare multiples of it: Ray keeps a queue for each kind of task, and each amount is a kind."""
 _RECORDERS = 16
 _log = logging.getLogger("untwin")
 T = TypeVar("T")
@@ -191,7 +193,7 @@ class _Tasks(Crew):
         unit: Task,
         spread_memory: int = 0,
     ) -> Any:
-        declared = min(chain.memory(unit), memory) + _PROCESS_BYTES
+        declared = -(-min(chain.memory(unit), memory) // _MEMORY_STEP) * _MEMORY_STEP + _PROCESS_BYTES
         task = _remote(
             _work,
             num_cpus=n_cpus,
@@ -461,7 +463,13 @@ def _version() -> str:
 
 
 def _remote(function: Callable[..., Any], **options: Any) -> Any:
-    return ray.remote(function).options(**{"max_retries": 0, **options})
+    return _exported(function).options(**{"max_retries": 0, **options})
+
+
+@functools.cache
+def _exported(function: Callable[..., Any]) -> Any:
+    """A function for Ray, which sends it to its workers once."""
+    return ray.remote(function)
 
 
 def _outcome(reference: Any) -> Any:
