@@ -1,5 +1,6 @@
 """`match_ranked` against brute force in float64."""
 
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -211,6 +212,7 @@ def test_each_pair_is_compared_once_be_it_here_or_elsewhere(monkeypatch, n, batc
 @pytest.mark.parametrize("fails", ["elsewhere", "here"])
 def test_after_a_failure_the_rest_is_not_waited_for(monkeypatch, fails):
     X, _ = normalize(np.random.default_rng(1).standard_normal((90, 6)))
+    monkeypatch.setattr(similarity, "_BLOCK_ROWS", 1)
     elsewhere, asked, given = Elsewhere(0.1, 30), [], []
 
     def compare(blocks):
@@ -218,6 +220,7 @@ def test_after_a_failure_the_rest_is_not_waited_for(monkeypatch, fails):
         for found in elsewhere.compare(blocks):
             given.append(found)
             yield found
+            time.sleep(0.02)
             if fails == "elsewhere":
                 raise OSError("a worker is gone")
 
@@ -228,7 +231,8 @@ def test_after_a_failure_the_rest_is_not_waited_for(monkeypatch, fails):
     monkeypatch.setattr(similarity._Resolver, "_judge", judge)
     with pytest.raises(OSError, match="gone" if fails == "elsewhere" else "full"):
         match_ranked(RankedArray(X), eps=0.1, batch_size=30, elsewhere=lambda rows: elsewhere(rows) and compare)
-    assert (len(asked), len(given)) == (2, 1)
+    assert len(asked) == 60
+    assert len(given) == 1 if fails == "elsewhere" else 30 <= len(given) < 45
 
 
 def test_small_matrix_tiles_change_nothing(monkeypatch):

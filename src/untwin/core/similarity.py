@@ -10,6 +10,7 @@ from __future__ import annotations
 import numbers
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -150,7 +151,7 @@ class Found:
 
 Elsewhere = Callable[[RankedRows], Callable[[Sequence[Block]], Generator[tuple[Found, Found], None, None]]]
 """Puts rows where others can read them, by the numbers that they have here; returns what has blocks of them compared:
-the answers of `match_block`, in order, all of which are worked on once the first is asked for."""
+the answers of `match_block`, in order."""
 
 
 @dataclass(frozen=True)
@@ -611,22 +612,32 @@ class _Resolver:
         While a batch is resolved, the next one is compared with what comes before both: only the pairs between the two
         have to wait until it is known which rows of the first stay.
         """
-        held = self.held
-        compare = elsewhere(self.rows if held is None else RankedArray(held.rows.X))
+        compare = elsewhere(self.rows if self.held is None else RankedArray(self.held.rows.X))
         batches = list(_even_blocks(len(self.position), self.batch_size))
         before = slice(0, 0)
         for batch, after in zip(batches, [*batches[1:], slice(0, 0)], strict=True):
             now = self._blocks(batch, before)
             work = [*now, *self._blocks(after, slice(0, batch.start))]
-            with closing(compare(work)) as results:
-                pairs = zip(work, results, strict=True)
-                self._merge(islice(pairs, len(now)))
-                self.held = _Around(self._take(batch), batch.start)
-                for part in _even_blocks(batch.stop - batch.start, max(_TILE_COLUMNS, self.strip_rows)):
-                    self._judge(slice(batch.start + part.start, batch.start + part.stop))
-                self.held = held
-                self._merge(pairs)
+            # this thread waits for the others, as a backend may want to know that it does nothing meanwhile
+            with closing(compare(work)) as results, ThreadPoolExecutor(1) as thread:
+                answers = zip(work, results, strict=True)
+                for block, found in islice(answers, len(now)):
+                    self._merge(block, found)
+                judged = thread.submit(self._judge_alone, batch)
+                for block, found in answers:
+                    self._merge(block, found)
+                    if judged.done():
+                        judged.result()  # if it has failed, at once
+                judged.result()
             before = batch
+
+    def _judge_alone(self, batch: slice) -> None:
+        """Resolve a batch that was compared with all better-ranked rows."""
+        held = self.held
+        self.held = _Around(self._take(batch), batch.start)
+        for part in _even_blocks(batch.stop - batch.start, max(_TILE_COLUMNS, self.strip_rows)):
+            self._judge(slice(batch.start + part.start, batch.start + part.stop))
+        self.held = held
 
     def _blocks(self, batch: slice, others: slice) -> list[Block]:
         """Cut the comparison of a batch with better-ranked rows into blocks, large ones first: they end together."""
@@ -642,11 +653,11 @@ class _Resolver:
             start = stop
         return work
 
-    def _merge(self, results: Iterable[tuple[Block, tuple[Found, Found]]]) -> None:
-        for block, found in results:
-            for best, part in zip((self.best, self.witness), found, strict=True):
-                at, other = self.position[block.low + part.row], self.position[block.start + part.other]
-                best.improve(at, part.value, other)
+    def _merge(self, block: Block, found: tuple[Found, Found]) -> None:
+        """Take what was found for a block into account."""
+        for best, part in zip((self.best, self.witness), found, strict=True):
+            at, other = self.position[block.low + part.row], self.position[block.start + part.other]
+            best.improve(at, part.value, other)
 
     def _resolve(self, strip: _Strip, start: int, around: _Around) -> None:
         """Decide who stays of a strip, of which the first row has index `start`, once all is compared."""

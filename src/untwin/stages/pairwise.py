@@ -381,7 +381,7 @@ class PairwiseStage(Stage):
 
             def compare(work: Sequence[Block]) -> Generator[tuple[Found, Found], None, None]:
                 if work:
-                    yield from read_ahead(lambda: spread(function, work), depth=len(work))
+                    yield from spread(function, work)
 
             return compare
 
