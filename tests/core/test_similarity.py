@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from untwin.core import similarity
 from untwin.core.similarity import (
     EPS_GRID,
+    Between,
     Matches,
     RankedArray,
     is_duplicate,
@@ -95,20 +96,20 @@ class Elsewhere:
 
     def __init__(self, eps, tile_rows):
         self.eps, self.tile_rows = eps, tile_rows
-        self.blocks = []
+        self.blocks, self.between = [], []
 
     def __call__(self, rows):
         self.X = rows.take(0, rows.n).copy()
         return self.compare
 
     def compare(self, blocks):
-        self.blocks += blocks
         for block in blocks:
+            (self.between if isinstance(block, Between) else self.blocks).append(block)
             tiles = (
                 self.X[at : min(at + self.tile_rows, block.stop)]
                 for at in range(block.start, block.stop, self.tile_rows)
             )
-            yield match_block(block, self.X[block.low : block.high], tiles, self.eps)
+            yield match_block(block, RankedArray(self.X), tiles, self.eps)
 
 
 @pytest.mark.parametrize("batch_size", range(1, 7))
@@ -168,6 +169,7 @@ def test_blocks_that_are_compared_elsewhere_change_nothing(monkeypatch, store, c
     monkeypatch.setattr(similarity, "_TILE_COLUMNS", 17)
     monkeypatch.setattr(similarity, "_SLICE_ROWS", 16)
     monkeypatch.setattr(similarity, "_STRIP_ROWS", 33)
+    between = 0
     with ThreadPoolExecutor(2) as pool:
         for n, dim, spread in ((1, 3, 0.1), (50, 2, 1.0), (51, 7, 0.1), (150, 24, 1e-6), (231, 12, 0.1)):
             X = clustered(np.random.default_rng(n), n, dim, spread=spread)
@@ -185,6 +187,8 @@ def test_blocks_that_are_compared_elsewhere_change_nothing(monkeypatch, store, c
                     )
                     assert_same(got, want)
                     assert bool(elsewhere.blocks) == (len(elsewhere.X) > batch_size)
+                    between += len(elsewhere.between)
+    assert (between > 50) == (compare_to == "kept")
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(1, 4), (4, 4), (5, 4), (8, 4), (9, 4), (61, 7), (100, 30)])
@@ -301,10 +305,13 @@ def test_a_copy_of_a_removed_row_finds_the_kept_row_between_them():
 
     # 12 is removed for 0; 22 is kept (too far from 0) and closer to 12 than 0 is.
     X, _ = normalize(np.array([at(0), at(12), at(22), at(12), at(12)]))
-    got = match_ranked(RankedArray(X), eps=float(1 - np.cos(np.radians(15))), compare_to="kept")
-    assert got.duplicate.tolist() == [False, True, False, True, True]
-    assert got.kept_match.tolist() == [-1, 0, -1, 2, 2]
-    assert got.match.tolist() == [0, 0, 1, 1, 1]
+    eps = float(1 - np.cos(np.radians(15)))
+    for elsewhere in (None, Elsewhere(eps, 2)):
+        got = match_ranked(RankedArray(X), eps=eps, compare_to="kept", elsewhere=elsewhere)
+        assert got.duplicate.tolist() == [False, True, False, True, True]
+        assert got.kept_match.tolist() == [-1, 0, -1, 2, 2]
+        assert got.match.tolist() == [0, 0, 1, 1, 1]
+    assert len(elsewhere.between) == 1
 
 
 def test_a_hundred_thousand_identical_rows_take_no_time():

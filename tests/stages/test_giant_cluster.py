@@ -187,7 +187,7 @@ def test_a_call_keeps_to_its_memory_when_all_rows_are_almost_equal(tmp_path, spr
     memory, dim = 64 << 20, 1024
     n = pairwise._spread_batch(1 << 20, dim, memory)
     X, _ = normalize(1 + spread * np.random.default_rng(0).standard_normal((3 * n, dim)).astype(np.float32))
-    file = SharedFile(Storage(), str(tmp_path / "rows"), dim)
+    file = SharedFile(Storage(), str(tmp_path / "rows"), 3 * n, dim)
     file.write([X])
     removed = np.random.default_rng(1).random(2 * n) < 0.5
     block = Block(2 * n, 3 * n, 0, 2 * n, np.packbits(removed))

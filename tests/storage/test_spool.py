@@ -88,7 +88,7 @@ def test_nothing_is_left_on_the_disk(tmp_path, rows):
 def test_a_shared_file_gives_any_rows_by_reading_no_others(tmp_path, monkeypatch, rows, remote):
     monkeypatch.setattr(spool, "_PIECE_BYTES", 7 * 20)
     path = "memory://test-spool/rows" if remote else str(tmp_path / "folder/rows")
-    file = pickle.loads(pickle.dumps(SharedFile(Storage(), path, 5)))
+    file = pickle.loads(pickle.dumps(SharedFile(Storage(), path, 101, 5)))
     file.write(rows[low : low + 17] for low in range(0, 101, 17))
     assert Storage().stat(path).size == rows.nbytes
     read_range, read = Storage.read_range, []

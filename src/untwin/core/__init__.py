@@ -19,7 +19,9 @@ from untwin.core.kmeans import ArrayBlocks, KMeansResult, NearestCentroid, RowBl
 from untwin.core.recall import BestNeighbours, LabelledRows, share_interval
 from untwin.core.similarity import (
     EPS_GRID,
+    Between,
     Block,
+    BlockMap,
     Elsewhere,
     Found,
     Matches,
@@ -37,7 +39,9 @@ __all__ = [
     "EPS_GRID",
     "ArrayBlocks",
     "BestNeighbours",
+    "Between",
     "Block",
+    "BlockMap",
     "Elsewhere",
     "Found",
     "Invalid",

@@ -132,15 +132,41 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Between:
+    """Rows whose copies want to know of the rows between, among `start` to `stop - 1`; compared elsewhere, too.
+
+    Attributes:
+    ----------
+    X
+        (m, D) float32, the rows.
+    row, until
+        (m,) int64, their numbers, and those of the first rows after their last copies.
+    least
+        (m,) float32, the least product that matters.
+    removed
+        As in `Block`.
+
+    """
+
+    X: Float32
+    row: Int64
+    until: Int64
+    least: Float32
+    start: int
+    stop: int
+    removed: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
 class Found:
-    """The most similar of the better-ranked rows of a block, for some of its rows; all arrays are (m,).
+    """Similar rows of a block: pairs of one of its rows and one of the others; all arrays are (m,).
 
     Attributes:
     ----------
     row, other
         int32, both rows, counted from the first of the block's.
     value
-        float64, their exact similarity; ties go to the better-ranked.
+        float64, their exact similarity.
 
     """
 
@@ -149,9 +175,10 @@ class Found:
     value: Float64
 
 
-Elsewhere = Callable[[RankedRows], Callable[[Sequence[Block]], Generator[tuple[Found, Found], None, None]]]
-"""Puts rows where others can read them, by the numbers that they have here; returns what has blocks of them compared:
-the answers of `match_block`, in order."""
+BlockMap = Callable[[Sequence[Block | Between]], Generator[tuple[Found, Found], None, None]]
+"""Has blocks compared: the answers of `match_block`, in order."""
+Elsewhere = Callable[[RankedRows], BlockMap]
+"""Puts rows where others can read them, by the numbers that they have here, and returns what has them compared."""
 
 
 @dataclass(frozen=True)
@@ -263,36 +290,43 @@ def match_ranked(
     return _Resolver(rows, eps, compare_to, batch_size, executor_map, elsewhere).run()
 
 
-def match_block(block: Block, X: Float32, tiles: Iterable[Float32], eps: float | None) -> tuple[Found, Found]:
+def match_block(
+    block: Block | Between, rows: RankedRows, tiles: Iterable[Float32], eps: float | None
+) -> tuple[Found, Found]:
     """Compare the rows of a block: what `match_ranked` has done elsewhere.
 
     Parameters
     ----------
     block
         Which rows.
-    X
-        Its rows, (high - low, D) float32.
+    rows
+        All rows.
     tiles
-        Its better-ranked rows in order, some at a time: (m, D) float32, of which each is looked at once.
+        Those numbered `start` to `stop - 1` in order, some at a time: (m, D) float32.
     eps
         That of `match_ranked`.
 
     Returns:
     -------
-    For each row the most similar better-ranked row; and for each that may have a kept one within eps, the most similar
-    of these.
+    Of a `Block`, for each row the most similar better-ranked row; and for each that may have a kept one within eps, the
+    most similar of these. Ties go to the better-ranked.
+
+    Of a `Between`, nothing, and for each row those kept ones between it and its last copy that may matter.
 
     """
-    bounds = _bounds(eps, X.shape[1])
-    rows = _Rows(X, rowwise_dot(X, X), np.arange(len(X)))
-    best, kept = _Best.empty(len(rows)), _Best.empty(len(rows))
-    strips = [
-        _Strip(rows[part], bounds, "kept", best.part(part), kept.part(part))
-        for part in _even_blocks(len(rows), _STRIP_ROWS)
-    ]
     stays = np.ones(block.stop - block.start, np.bool_)
     if block.removed is not None:
         stays = np.unpackbits(block.removed, count=len(stays)) == 0
+    if isinstance(block, Between):
+        return _Best.empty(0).found(), _find_between(block, tiles, stays)
+    X = rows.take(block.low, block.high)
+    bounds = _bounds(eps, rows.dim)
+    batch = _Rows(X, rowwise_dot(X, X), np.arange(len(X)))
+    best, kept = _Best.empty(len(batch)), _Best.empty(len(batch))
+    strips = [
+        _Strip(batch[part], bounds, "kept", best.part(part), kept.part(part))
+        for part in _even_blocks(len(batch), _STRIP_ROWS)
+    ]
     at = 0
     for Y in tiles:
         tile = _Around(_Rows(Y, rowwise_dot(Y, Y), np.arange(at, at + len(Y))), at)
@@ -301,6 +335,35 @@ def match_block(block: Block, X: Float32, tiles: Iterable[Float32], eps: float |
             strip.settle(tile)
         at += len(Y)
     return best.found(), kept.found()
+
+
+def _find_between(block: Between, tiles: Iterable[Float32], stays: Bool) -> Found:
+    """Return the pairs of rows with copies and rows that may matter to these; by row, then by other row."""
+    found: list[tuple[Indices, Indices, Float64]] = []
+    at = 0
+    for Y in tiles:
+        for columns in blocks(len(Y), _TILE_COLUMNS):
+            some = Y[columns]
+            number = np.arange(at, at + len(some))
+            between = (number + block.start > block.row[:, None]) & (number + block.start < block.until[:, None])
+            between &= stays[number]
+            i, j = np.nonzero((_products(block.X, some) >= block.least[:, None]) & between)
+            if len(i):
+                left, right = _used(block.X, i), _used(some, j)
+                value = _pair_cosine(left, np.searchsorted(left.position, i), right, np.searchsorted(right.position, j))
+                found.append((i, number[j], value))
+            at += len(some)
+    if not found:
+        return _Best.empty(0).found()
+    i, j, value = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.argsort(i, kind="stable")
+    return Found(i[order].astype(np.int32), j[order].astype(np.int32), value[order])
+
+
+def _used(X: Float32, numbers: Indices) -> _Rows:
+    """Return those rows that are among the numbers, in order."""
+    position = np.unique(numbers)
+    return _Rows(X[position], rowwise_dot(X[position], X[position]), position)
 
 
 class _Best:
@@ -528,6 +591,7 @@ class _Resolver:
         self.rows, self.n = rows, rows.n
         self.limit = None if eps is None else threshold(eps)
         self.elsewhere = elsewhere
+        self.compare: BlockMap = self._find
         self.compare_to, self.batch_size = compare_to, batch_size
         self.executor_map = executor_map or map
         self.strip_rows = _STRIP_ROWS if executor_map is None else _SLICE_ROWS
@@ -612,14 +676,14 @@ class _Resolver:
         While a batch is resolved, the next one is compared with what comes before both: only the pairs between the two
         have to wait until it is known which rows of the first stay.
         """
-        compare = elsewhere(self.rows if self.held is None else RankedArray(self.held.rows.X))
+        self.compare = elsewhere(self.rows if self.held is None else RankedArray(self.held.rows.X))
         batches = list(_even_blocks(len(self.position), self.batch_size))
         before = slice(0, 0)
         for batch, after in zip(batches, [*batches[1:], slice(0, 0)], strict=True):
             now = self._blocks(batch, before)
             work = [*now, *self._blocks(after, slice(0, batch.start))]
             # this thread waits for the others, as a backend may want to know that it does nothing meanwhile
-            with closing(compare(work)) as results, ThreadPoolExecutor(1) as thread:
+            with closing(self.compare(work)) as results, ThreadPoolExecutor(1) as thread:
                 answers = zip(work, results, strict=True)
                 for block, found in islice(answers, len(now)):
                     self._merge(block, found)
@@ -712,22 +776,33 @@ class _Resolver:
         origin = first[copies]
         origins, begin, group = np.unique(origin, return_index=True, return_inverse=True)
         last = copies[np.append(begin[1:], len(copies)) - 1]
-        for some in blocks(len(origins), _SLICE_ROWS):
-            at, until = origins[some], last[some]
-            mine = slice(*np.searchsorted(origin, (at[0], at[-1] + 1)))
-            low, high = np.searchsorted(self.position, (at[0], until.max()))
-            index = np.searchsorted(self.position, at)
-            left = _Rows(_gather(self.rows, index), self.square[at], at) if self.held is None else self.held.rows[index]
-            for tile in self._tiles(low, high):
-                for columns in blocks(len(tile.rows), _TILE_COLUMNS):
-                    right = tile.rows[columns]
-                    products = _products(left.X, right.X)
-                    least = float32_below(self.witness.value[at] - self.error)
-                    between = (right.position > at[:, None]) & (right.position < until[:, None])
-                    between &= ~self.removed[right.position]
-                    i, j = np.nonzero((products >= least[:, None]) & between)
-                    value = _pair_cosine(left, i, right, j)
-                    self._improve(copies[mine], group[mine] - some.start, i, right.position[j], value)
+        at_once = _SLICE_ROWS if self.elsewhere is None else self.batch_size
+        for some in blocks(len(origins), at_once):
+            mine = slice(*np.searchsorted(origin, (origins[some][0], origins[some][-1] + 1)))
+            work = list(self._between(origins[some], last[some]))
+            with closing(self.compare([block for _, block in work])) as answers:
+                for (first_row, block), (_, found) in zip(work, answers, strict=True):
+                    position = self.position[block.start + found.other]
+                    i = first_row + found.row.astype(np.int64)
+                    self._improve(copies[mine], group[mine] - some.start, i, position, found.value)
+
+    def _between(self, origins: Int64, last: Int64) -> Iterator[tuple[int, Between]]:
+        """Cut the search between rows and their last copies into blocks; yields the number of the first row, too."""
+        row, until = np.searchsorted(self.position, (origins, last))
+        least = float32_below(self.witness.value[origins] - self.error)
+        X = _gather(self.rows, row) if self.held is None else self.held.rows.X[row]
+        for part in blocks(len(row), _BLOCK_ROWS // 4):
+            low, high = int(row[part][0]), int(until[part].max())
+            for columns in _even_blocks(high - low, 4 * _BLOCK_COLUMNS):
+                start, stop = low + columns.start, low + columns.stop
+                removed = np.packbits(self.removed[self.position[start:stop]])
+                yield part.start, Between(X[part], row[part], until[part], least[part], start, stop, removed)
+
+    def _find(self, work: Sequence[Block | Between]) -> Generator[tuple[Found, Found], None, None]:
+        """Compare here."""
+        for block in work:
+            tiles = (tile.rows.X for tile in self._tiles(block.start, block.stop))
+            yield match_block(block, self.rows, tiles, None)
 
     def _improve(
         self,

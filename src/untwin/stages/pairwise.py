@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from untwin.core import (
     EPS_GRID,
+    Between,
     Block,
+    BlockMap,
     Elsewhere,
     Found,
     Matches,
@@ -97,14 +99,14 @@ def _tile_rows(dim: int, memory: int) -> int:
     return max(256, min(_READ_BYTES, memory // 16) // (4 * dim))
 
 
-def _compare_block(file: SharedFile, eps: float | None, tile_rows: int, block: Block) -> tuple[Found, Found]:
+def _compare_block(file: SharedFile, eps: float | None, tile_rows: int, block: Block | Between) -> tuple[Found, Found]:
     """Compare a block of rows of a file; runs on any worker."""
 
     def tiles() -> Iterator[NDArray[np.float32]]:
         for start in range(block.start, block.stop, tile_rows):
             yield file.take(start, min(start + tile_rows, block.stop))
 
-    return match_block(block, file.take(block.low, block.high), read_ahead(tiles, depth=1), eps)
+    return match_block(block, file, read_ahead(tiles, depth=1), eps)
 
 
 class PairwiseStage(Stage):
@@ -373,13 +375,13 @@ class PairwiseStage(Stage):
         # another attempt at this unit may still be running
         path = join(self._work_path, f"cluster_{cluster.centroid}-{uuid.uuid4().hex}.f32")
 
-        def share(rows: RankedRows) -> Callable[[Sequence[Block]], Generator[tuple[Found, Found], None, None]]:
-            file = SharedFile(self.target, path, rows.dim)
+        def share(rows: RankedRows) -> BlockMap:
+            file = SharedFile(self.target, path, rows.n, rows.dim)
             stack.callback(self.target.remove, path)
             file.write(rows.take(part.start, part.stop) for part in blocks(rows.n, batch_rows(rows.dim)))
             function = partial(_compare_block, file, self.eps, _tile_rows(rows.dim, context.memory))
 
-            def compare(work: Sequence[Block]) -> Generator[tuple[Found, Found], None, None]:
+            def compare(work: Sequence[Block | Between]) -> Generator[tuple[Found, Found], None, None]:
                 if work:
                     yield from spread(function, work)
 

@@ -103,6 +103,7 @@ class SharedFile:
 
     storage: Storage
     path: str
+    n: int
     dim: int
 
     def write(self, parts: Iterable[NDArray[np.float32]]) -> None:
