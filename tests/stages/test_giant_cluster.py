@@ -141,7 +141,7 @@ def test_all_but_a_few_hundredths_of_the_products_of_a_large_cluster_travel(monk
     match_ranked(similarity.RankedArray(X), eps=0.1, batch_size=4096, elsewhere=elsewhere)
     share = sum((block.high - block.low) * (block.stop - block.start) for block in asked) / (n * n / 2)
     assert 0.88 < share < 0.92
-    assert pairwise._spread_batch(600_000, 512, 4 << 30) == 600_000 // 64
+    assert pairwise._spread_batch(1_000_000, 512, 4 << 30) == 1_000_000 // 128
     assert pairwise._spread_batch(9_000_000, 512, 4 << 30) == 16_384
     assert pairwise._spread_batch(9_000_000, 512, 64 << 20) * 512 * 4 == 8 << 20
 

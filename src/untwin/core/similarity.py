@@ -50,6 +50,8 @@ _BLOCK_COLUMNS = 4096
 """Most rows of a block that is compared elsewhere, and the better-ranked rows that it has at least."""
 _BLOCKS = 128
 """Blocks into which what is left of a strip would be cut, were they all as large as the next one."""
+_FINE = 4
+"""By how much smaller blocks are in both directions that all others wait for."""
 _NOTHING = -2.0
 """Less than any cosine: no match yet."""
 _MASKED = np.float32(-4.0)
@@ -680,7 +682,7 @@ class _Resolver:
         batches = list(_even_blocks(len(self.position), self.batch_size))
         before = slice(0, 0)
         for batch, after in zip(batches, [*batches[1:], slice(0, 0)], strict=True):
-            now = self._blocks(batch, before)
+            now = self._blocks(batch, before, _FINE)
             work = [*now, *self._blocks(after, slice(0, batch.start))]
             # this thread waits for the others, as a backend may want to know that it does nothing meanwhile
             with closing(self.compare(work)) as results, ThreadPoolExecutor(1) as thread:
@@ -703,14 +705,14 @@ class _Resolver:
             self._judge(slice(batch.start + part.start, batch.start + part.stop))
         self.held = held
 
-    def _blocks(self, batch: slice, others: slice) -> list[Block]:
+    def _blocks(self, batch: slice, others: slice, parts: int = 1) -> list[Block]:
         """Cut the comparison of a batch with better-ranked rows into blocks, large ones first: they end together."""
-        rows = list(_even_blocks(batch.stop - batch.start, _BLOCK_ROWS))
+        rows = list(_even_blocks(batch.stop - batch.start, _BLOCK_ROWS // parts))
         work = []
         start = others.start
         while rows and start < others.stop:
             left = others.stop - start
-            size = max(_BLOCK_COLUMNS, left * len(rows) // _BLOCKS)
+            size = max(_BLOCK_COLUMNS // parts, left * len(rows) // _BLOCKS)
             stop = start + -(-left // -(-left // size))
             removed = None if self.limit is None else np.packbits(self.removed[self.position[start:stop]])
             work += [Block(batch.start + row.start, batch.start + row.stop, start, stop, removed) for row in rows]

@@ -77,7 +77,7 @@ _SIDE_BYTES = 300
 _SCRATCH = 32 << 20
 _SPREAD_WORK = 1 << 38
 """Rows squared times elements from which a cluster is compared by other workers, too: some seconds of one core."""
-_SPREAD_BATCHES = 64
+_SPREAD_BATCHES = 128
 _SPREAD_ROWS = 4096, 16384
 """Wanted number of batches, each of which its unit resolves by itself, and limits to their rows."""
 _READ_BYTES = 16 << 20
