@@ -267,7 +267,7 @@ class PairwiseStage(Stage):
         raise InputNotFoundError(f"{redact(', '.join(self.input_paths))}: the clusters hold no rows")
 
     def scratch(self) -> tuple[str, ...]:
-        """Files of clusters that do not fit the memory."""
+        """Files of clusters that do not fit the memory, or that other workers compare, too."""
         return (self._work_path,)
 
     def finish(self) -> None:
