@@ -2,11 +2,11 @@
 
     python benchmarks/shuffle.py --shards 48 --groups 64 --slice 256 --latency 30
 
-Makes shards of as many slices as there are groups, --slice KiB each, on the local disk and on an S3 server on loopback
-(moto) behind a proxy that counts requests and answers each --latency milliseconds late. Some groups are then read out of
-all of them in two ways: with `Slices`, as the stages do, and, as the baseline, out of the same rows as Arrow files with a
-record batch for each group, each opened for its batch. Proxy, server and client share the machine, so times say how much
-of the latency adds up, and no more.
+Makes shards of as many slices as there are groups, --slice KiB each, on the local disk and on an S3 server on
+loopback (moto) behind a proxy that counts requests and answers each --latency milliseconds late. Some groups are then
+read out of all of them in two ways: with `Slices`, as the stages do, and, as the baseline, out of the same rows as
+Arrow files with a record batch for each group, each opened for its batch. Proxy, server and client share the machine,
+so times say how much of the latency adds up, and no more.
 """
 
 from __future__ import annotations
