@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from untwin.errors import DamagedFileError, InputNotFoundError
@@ -37,6 +37,7 @@ def a_shard(rng, n_rows, group_of, *, clusters=None, prefix=""):
     return make_shard(side, vectors, labels, group_of, int(group_of[-1]) + 1), rows
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6),
     n_groups=st.integers(1, 9),

@@ -75,7 +75,7 @@ class GatherStage(Stage):
 
     def memory(self, task: ClustersTask) -> int:
         """The group's rows in the order of clusters, slices of shards on their way there, and a cluster into a file."""
-        largest = max(cluster.n_rows for cluster in task.clusters)
+        largest = min(task.n_rows, max(cluster.n_rows for cluster in task.clusters))  # an estimate can be larger
         return int(1.2 * 4 * task.dim * (task.n_rows + largest)) + self._bitmap_bytes + (32 << 20)
 
     @property
