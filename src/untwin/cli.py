@@ -405,6 +405,7 @@ class _progress:  # noqa: N801 - used as a context manager
             TextColumn("{task.description:<20}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[units]} units"),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -427,13 +428,13 @@ class _Bars:
         self._task: Any = None
 
     def start(self, name: str, n_rows: int) -> None:
-        self._task = self._bars.add_task(name, total=max(1, n_rows), rate="")
+        self._task = self._bars.add_task(name, total=max(1, n_rows), units=0, rate="")
 
     def advance(self, n_rows: int) -> None:
         self._bars.advance(self._task, n_rows)
         task = next(task for task in self._bars.tasks if task.id == self._task)
-        if task.elapsed:
-            self._bars.update(self._task, rate=f"{task.completed / task.elapsed:,.0f} rows/s")
+        rate = f"{task.completed / task.elapsed:,.0f} rows/s" if task.elapsed else ""
+        self._bars.update(self._task, units=task.fields["units"] + 1, rate=rate)
 
     def finish(self) -> None:
         task = next(task for task in self._bars.tasks if task.id == self._task)
