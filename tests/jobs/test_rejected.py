@@ -162,6 +162,12 @@ def test_the_same_id_with_the_same_vector_again_is_a_repeated_row(tmp_path):
     assert ids_of(out / "kept") == twin_ids()[:6]
 
 
+def test_repeated_rows_count_once_without_a_threshold(tmp_path):
+    """Nothing is removed then: the rows that stay are those that are compared."""
+    result, _ = run(tmp_path, [twin_table(), twin_table().slice(2, 3)], eps=None)
+    assert (result.n_kept, result.n_duplicates, result.n_rejected) == (twin_table().num_rows, 0, 3)
+
+
 def test_a_vector_that_differs_in_length_only_is_the_same_unit_vector(tmp_path):
     scaled = table_of(["row00"], [2 * twin_vectors()[0]])
     _, out = run(tmp_path, [twin_table(), scaled])

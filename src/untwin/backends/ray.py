@@ -56,6 +56,8 @@ _SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 """The frame with which both ends of an HTTP/2 connection begin."""
 _PROCESS_BYTES = 256 << 20
 """A worker's interpreter and libraries."""
+_MEMORY_STEP = 128 << 20
+"""Tasks declare multiples of it: Ray keeps a queue for each kind of task, and each amount is a kind."""
 _RECORDERS = 16
 _log = logging.getLogger("untwin")
 T = TypeVar("T")
@@ -218,7 +220,7 @@ class _Tasks(Crew):
     ) -> Any:
         nodes = _nodes()
         n_cpus = min(n_cpus, nodes.node_cpus)
-        declared = min(chain.memory(unit), memory) + _PROCESS_BYTES
+        declared = -(-min(chain.memory(unit), memory) // _MEMORY_STEP) * _MEMORY_STEP + _PROCESS_BYTES
         # if all other nodes are lost, a part of a unit still finds room beside it; its CPUs are lent while it waits
         room = nodes.node_memory * n_cpus // nodes.node_cpus - spread_memory
         task = _remote(
@@ -449,6 +451,7 @@ def _connect(address: str | None, workers: int | None) -> None:
         )
     if ray.is_initialized():
         return
+    _exported.cache_clear()  # for a client of a cluster it is another thing than for a member
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     # what workers log comes with their answers
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -553,7 +556,13 @@ def _version() -> str:
 
 
 def _remote(function: Callable[..., Any], **options: Any) -> Any:
-    return ray.remote(function).options(**{"max_retries": 0, **options})
+    return _exported(function).options(**{"max_retries": 0, **options})
+
+
+@functools.cache
+def _exported(function: Callable[..., Any]) -> Any:
+    """A function for Ray, which sends it to its workers once."""
+    return ray.remote(function)
 
 
 def _outcome(reference: Any) -> Any:

@@ -92,7 +92,8 @@ class GatherStage(Stage):
             clusters = self._write_one(task, rejected)
         path = join(job.rejected_path, f"repeated-{task.unit:06d}.parquet")
         rejected_path = rejected.write(job.target, path, job.listing)
-        return ClustersTask(task.unit, task.n_rows, task.dim, clusters, rejected_path=rejected_path)
+        n_rows = sum(cluster.n_rows for cluster in clusters)
+        return ClustersTask(task.unit, n_rows, task.dim, clusters, rejected_path=rejected_path)
 
     def _write_together(self, task: ClustersTask, rejected: RejectedRows) -> tuple[Cluster, ...]:
         job = self.clustering
