@@ -20,7 +20,7 @@ pytest.importorskip("ray")
 
 import ray
 import ray_faults
-from ray_faults import Pieces, add_node, cluster_of, environment, with_victims
+from ray_faults import NODE, Pieces, add_node, cluster_of, environment, with_victims
 
 from inputs import read_folder, table_of, write_split
 from untwin import deduplicate
@@ -374,3 +374,102 @@ def test_a_killed_driver_leaves_a_run_that_another_one_finishes(cluster, source,
     assert run_on(cluster, source, out).n_reused > 10
     assert not (out / "_lock.json").exists()
     assert Answer(out) == undisturbed[1]
+
+
+def test_a_run_killed_on_the_local_backend_is_finished_on_ray(cluster, source, tmp_path, undisturbed):
+    out = tmp_path / "out"
+    killed = Path(__file__).parents[1] / "jobs" / "killed_run.py"
+    wanted = {"argv": ["run", str(source), str(out), *ON_COMMAND_LINE], "output": str(out)}
+    wanted |= {"chain": "gather.pairwise.select-duplicates", "marker": 3}
+    done = subprocess.run([sys.executable, killed, json.dumps(wanted)], capture_output=True, check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert run_on(cluster, source, out).n_reused > 10
+    assert Answer(out) == undisturbed[1]
+
+
+@pytest.mark.slow
+def test_a_killed_driver_takes_its_own_cluster_along(source, tmp_path, marks):
+    with start(marks, "assign", source, tmp_path / "out", None) as running:
+        wait_for((marks / "assign.json.met").exists)
+        begun = children(running.pid)
+        running.kill()
+    assert any("raylet" in command for command in begun.values())
+    wait_for(lambda: all(map(is_gone, begun)), 30)
+    wait_for(lambda: is_gone(json.loads((marks / "assign.json").read_text())["pid"]), 30)
+
+
+def children(parent):
+    """The commands of the processes that a process has started, by their ids."""
+    shown = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in shown.splitlines()[1:]]
+    return {int(pid): command for pid, own, command in rows if int(own) == parent}
+
+
+# --- units that are spread over the cluster --------------------------------------------------------------------------
+
+
+def _square(item):
+    Path(item[0], str(item[1])).touch()
+    time.sleep(0.3)
+    return item[1] ** 2
+
+
+class Spread(Pieces):
+    """One unit, larger than a node, that is spread over the cluster; what it gives is in a file."""
+
+    splittable = True
+
+    def memory(self, task):
+        return 8 << 30
+
+    def minimum_memory(self, task):
+        return 1 << 20
+
+    def process(self, task, context):
+        (folder,) = self.arguments
+        Path(folder, "node").write_text(ray.get_runtime_context().get_node_id())
+        squares = list(context.spread(_square, [(folder, number) for number in range(40)]))
+        Path(folder, "squares").write_text(json.dumps(squares))
+        return task
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["another node", "its own node"])
+def test_a_spread_unit_goes_on_when_one_node_is_left(cluster, tmp_path, lost):
+    """Also with a budget of all the memory that a node has."""
+    executor = RayExecutor(cluster.address, memory=NODE["memory"])
+
+    def remove():
+        wait_for((tmp_path / "5").exists)
+        own = (tmp_path / "node").read_text()
+        nodes = [node for node in cluster.worker_nodes if (node.node_id == own) == (lost == "its own node")]
+        cluster.remove_node(nodes[0], allow_graceful=False)
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    try:
+        executor.execute([Spread(1, None, str(tmp_path))])
+    finally:
+        thread.join()
+        cluster.add_node(**NODE)
+    assert json.loads((tmp_path / "squares").read_text()) == [number**2 for number in range(40)]
+    assert executor.n_lost == (lost == "its own node")
+
+
+@pytest.mark.slow
+def test_a_node_lost_while_it_is_asked_about_the_storage_is_left_out(cluster, source, tmp_path, monkeypatch):
+    """The others go on."""
+    executor = RayExecutor(cluster.address)
+    node = cluster.add_node(**NODE)
+    ask = backend._where
+
+    def lose(found):
+        if found["NodeID"] == node.node_id and node in cluster.worker_nodes:
+            cluster.remove_node(node, allow_graceful=False)
+        return ask(found)
+
+    monkeypatch.setattr(backend, "_where", lose)
+    wait_for(lambda: node.node_id in {found["NodeID"] for found in backend._working_nodes()})
+    deduplicate(source, tmp_path / "out", backend="ray", **OPTIONS)
+    assert node not in cluster.worker_nodes
+    assert node.node_id not in executor.units_by_node

@@ -221,12 +221,14 @@ class _Tasks(Crew):
         nodes = _nodes()
         n_cpus = min(n_cpus, nodes.node_cpus)
         declared = -(-min(chain.memory(unit), memory) // _MEMORY_STEP) * _MEMORY_STEP + _PROCESS_BYTES
+        each = nodes.node_memory // nodes.node_cpus
         # if all other nodes are lost, a part of a unit still finds room beside it; its CPUs are lent while it waits
-        room = nodes.node_memory * n_cpus // nodes.node_cpus - spread_memory
+        spread_memory = min(spread_memory, each)
+        room = each * n_cpus - spread_memory
         task = _remote(
             _work,
             num_cpus=n_cpus,
-            memory=max(1, min(declared, room)),
+            memory=min(declared, room),
             name=f"{chain.name} {unit.unit}",
             scheduling_strategy="SPREAD",
         )
