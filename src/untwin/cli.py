@@ -132,7 +132,7 @@ _shared = [
     click.option(
         "--ray-address",
         metavar="ADDRESS",
-        help="auto, HOST:PORT or ray://HOST:PORT of a running cluster. [default: RAY_ADDRESS, else one is started]",
+        help="auto, HOST:PORT or ray://HOST:PORT of a cluster, or local to start one. [default: RAY_ADDRESS, or local]",
     ),
     click.option(
         "--storage-options",

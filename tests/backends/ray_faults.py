@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -49,10 +50,16 @@ def cluster_of(n_nodes):
             cluster.shutdown()
 
 
+_keeper = ThreadPoolExecutor(1)
+
+
 def add_node(cluster):
-    """Add a node from any thread: Ray's own handlers of signals can be set by the main thread only."""
+    """Add a node from any thread.
+
+    It ends with the thread that has started it, and Ray's own handlers of signals can be set by the main thread only.
+    """
     with mock.patch("ray._private.utils.set_sigterm_handler"):
-        return cluster.add_node(**NODE)
+        return _keeper.submit(cluster.add_node, **NODE).result()
 
 
 def make_units_small(patch=setattr):
