@@ -391,10 +391,12 @@ def _storage_options(text: str | None) -> dict[str, Any]:
 
 
 class _progress:  # noqa: N801 - used as a context manager
-    """A progress bar for each stage, on a terminal."""
+    """A progress bar for each stage, on a terminal; what others print in the meantime goes to stderr, too."""
 
     def __enter__(self) -> Progress | None:
         self._bar: Any = None
+        self._redirected = contextlib.redirect_stdout(sys.stderr)  # Ray tells of lost nodes on stdout
+        self._redirected.__enter__()
         if not sys.stderr.isatty():
             return None
         from rich.console import Console
@@ -418,6 +420,7 @@ class _progress:  # noqa: N801 - used as a context manager
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        self._redirected.__exit__(None, None, None)
 
 
 class _Bars:

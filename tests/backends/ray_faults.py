@@ -1,6 +1,6 @@
 """A Ray cluster on the loopback address, and units that get killed or stuck on it. No tests here.
 
-Run as a program it is `untwin` with a unit of one chain that gets stuck: `ray_faults.py MARKS CHAIN ARGUMENT...`.
+Run as a program it is `untwin` with a victim in one chain: `ray_faults.py MARKS HOW CHAIN ARGUMENT...`.
 """
 
 import contextlib
@@ -153,11 +153,11 @@ class Pieces(Stage):
 def main():
     from untwin.cli import main as command
 
-    marks, chain, *arguments = sys.argv[1:]
+    marks, how, chain, *arguments = sys.argv[1:]
     # a shell that starts its commands in the background has them ignore interrupts, and children inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
     make_units_small()
-    backend._work = with_victims(marks, "stuck", [chain])
+    backend._work = with_victims(marks, how, [chain])
     command(arguments)
 
 

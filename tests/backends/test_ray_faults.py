@@ -315,13 +315,13 @@ def test_a_warning_of_a_worker_is_heard_once_on_the_driver(cluster, tmp_path, ca
 # --- interrupts ------------------------------------------------------------------------------------------------------
 
 
-def start(marks, chain, source, out, address):
-    arguments = [str(marks), chain, "run", str(source), str(out), "--backend", "ray", *ON_COMMAND_LINE]
+def start(marks, chain, source, out, address, how="stuck", *options):
+    arguments = [str(marks), how, chain, "run", str(source), str(out), "--backend", "ray", *ON_COMMAND_LINE, *options]
     arguments += ["--ray-address", address] if address else ["--workers", "2"]
     command = [sys.executable, ray_faults.__file__, *arguments]
     # a group of its own, as a shell makes it: an interrupt from the keyboard goes to all in it
     return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     )
 
 
@@ -338,6 +338,16 @@ def is_gone(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
         return True
+
+
+def test_what_ray_says_of_a_lost_worker_is_not_mixed_with_the_result(cluster, source, tmp_path, marks):
+    with start(marks, "assign", source, tmp_path / "out", cluster.address, "kill", "--json") as running:
+        said, text = running.communicate(timeout=90)
+    assert (marks / "assign.json.met").exists()
+    assert running.returncode == 0, text
+    assert json.loads(said)["rows"]["input"] == 2400
+    assert "stage assign, unit" in text
+    assert "its worker was lost" in text
 
 
 @pytest.mark.parametrize("where", ["cluster", "own"])
