@@ -139,7 +139,7 @@ class RayExecutor(Executor):
         try:
             result: T = _result(outcome)
         except InputNotFoundError as error:
-            raise InputNotFoundError(f"{error} by a node of the Ray cluster; all of them have to see it") from None
+            raise InputNotFoundError(f"{error} (on a node of the Ray cluster; all of them have to see it)") from None
         return result
 
     def _check_storage(self, stages: Sequence[Stage]) -> None:
