@@ -512,8 +512,14 @@ class Storage:
         self.write_bytes(path, (text + "\n").encode(), durable=durable)
 
     def remove(self, path: str) -> None:
-        """Remove a file, or a folder with all that is below it; also what is held in memory instead."""
+        """Remove a file, or a folder with all that is below it; also what is held in memory instead.
+
+        A file that the unit at work has written itself is none of those that it leaves.
+        """
         space().drop(path)
+        recording = _recording.get()
+        if recording is not None:
+            recording.files.pop(path, None)
         if is_remote(path):
             fs = self._fs(path)
             with self._explained(path):
