@@ -520,7 +520,7 @@ def _greet(host: str, port: int) -> None:
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
     """Have Ray use the loopback address, for itself and for what it starts: by itself it does so on macOS only."""
-    before = ray_constants.ENABLE_RAY_CLUSTER
+    before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
