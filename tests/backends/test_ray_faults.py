@@ -340,6 +340,7 @@ def is_gone(pid):
         return True
 
 
+@pytest.mark.slow
 def test_what_ray_says_of_a_lost_worker_is_not_mixed_with_the_result(cluster, source, tmp_path, marks):
     with start(marks, "assign", source, tmp_path / "out", cluster.address, "kill", "--json") as running:
         said, text = running.communicate(timeout=90)
@@ -374,6 +375,7 @@ def test_an_interrupt_ends_the_run_and_any_backend_goes_on(cluster, source, tmp_
     assert Answer(out) == undisturbed[1]
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_a_run_that_another_one_finishes(cluster, source, tmp_path, marks, undisturbed):
     out, chain = tmp_path / "out", "gather.pairwise.select-duplicates"
     with start(marks, chain, source, out, cluster.address) as running:
