@@ -6,8 +6,10 @@ units of input and not with the number of clusters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -148,11 +150,19 @@ def shard_schema(columns: pa.Schema, dim: int) -> pa.Schema:
 
 def read_batch(storage: Storage, path: str, number: int) -> pa.RecordBatch:
     """One record batch of an Arrow file."""
-    with naming_file(path), storage.open(path) as source, pa.ipc.open_file(source) as reader:
+    with open_batches(storage, path) as reader:
         return reader.get_batch(number)
 
 
-def write_batches(storage: Storage, path: str, schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> None:
+@contextlib.contextmanager
+def open_batches(storage: Storage, path: str, columns: Sequence[int] | None = None) -> Iterator[Any]:
+    """An Arrow file to read record batches from, or only columns with certain numbers of them."""
+    options = pa.ipc.IpcReadOptions(included_fields=columns)
+    with naming_file(path), storage.open(path) as source, pa.ipc.open_file(source, options=options) as reader:
+        yield reader
+
+
+def write_batches(storage: Storage, path: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
     """Write record batches that can be read one by one."""
     with storage.writing(path) as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in batches:
