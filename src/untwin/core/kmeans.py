@@ -36,16 +36,18 @@ BlockMap = Callable[[Callable[[Any], T], Iterable[Any]], Iterable[T]]
 
 _ASSIGN_ROWS = 1024
 _ASSIGN_COLUMNS = 1024
-_SMALL_PRODUCT = 1_000_000
+_SMALL_PRODUCT = 250_000
 """Multiplications that take as long as it takes to begin a product."""
 _SCALABLE_ROUNDS = 5
 _OVERSHOOT = np.float32(0.7)
 """How much farther than to its mean a centroid moves, as a part of the way there."""
 _PROPOSALS = 128
-_SUM_VALUES = 1 << 16
-"""Values that are made fixed-point at a time."""
-_RUN_BYTES = 16 << 20
-_MOST_RUNS = 1024
+_STEP_VALUES = 1 << 16
+"""Numbers of rows that are gone through at a time, so that memory holds few temporary ones."""
+_BATCH_BYTES = 4 << 20
+"""Rows of several blocks that are worked on together."""
+_CALL_BYTES = 16 << 20
+_MOST_CALLS = 1024
 """Of a pass that is spread over processes: least bytes of rows to read in a call, and most calls."""
 _FIRST, _SAMPLE, _PLUS_PLUS, _RANDOM, _FILL, _VECTOR = range(6)
 """Purposes of random numbers: one seed each."""
@@ -439,31 +441,46 @@ _Wanted = tuple[int, Int64 | None]
 """A block's number, and the rows of it that are wanted, ascending; None: all."""
 
 
-def _read(blocks: RowBlocks, wanted: _Wanted) -> Float32:
-    index, rows = wanted
-    if rows is None:
-        return blocks.block(index)[0]
-    start, stop = int(rows[0]), int(rows[-1]) + 1
-    X = blocks.block(index, start, stop)[0]
-    return X if len(X) == len(rows) else X[rows - start]
+def _read(blocks: RowBlocks, wanted: Sequence[_Wanted]) -> Float32:
+    """The wanted rows of some blocks."""
+    found = []
+    for index, rows in wanted:
+        if rows is None:
+            found.append(blocks.block(index)[0])
+        else:
+            start, stop = int(rows[0]), int(rows[-1]) + 1
+            X = blocks.block(index, start, stop)[0]
+            found.append(X if len(X) == len(rows) else X[rows - start])
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _runs(sizes: Sequence[int], most: int) -> list[slice]:
+    """Cut a sequence into runs whose sizes add up to `most` at most, or that have one item."""
+    cuts, filled = [0], 0
+    for at, size in enumerate(sizes):
+        if filled and filled + size > most:
+            cuts.append(at)
+            filled = 0
+        filled += size
+    return [slice(lo, hi) for lo, hi in pairwise([*cuts, len(sizes)]) if hi > lo]
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Goes over a run of blocks in another process: the same object for all runs of a pass."""
+class _Apart:
+    """Does the work of a pass in another process: the same object for all calls of a pass."""
 
     work: _Work
     blocks: RowBlocks
     n_clusters: int
 
-    def __call__(self, run: tuple[list[_Wanted], Int32]) -> tuple[list[npt.NDArray[Any]], _Change]:
-        """From the rows wanted and their labels to what `work` gives for each row, and the change of the sums."""
-        wanted, old = run
+    def __call__(self, call: tuple[list[list[_Wanted]], Int32]) -> tuple[list[npt.NDArray[Any]], _Change]:
+        """From the rows wanted, some at a time, and their labels to what `work` gives and the change of the sums."""
+        wanted, old = call
         sums = _Sums(self.n_clusters, self.blocks.dim)
         found = []
         done = 0
-        for one in wanted:
-            X = _read(self.blocks, one)
+        for some in wanted:
+            X = _read(self.blocks, some)
             found.append(self.work(X, old[done : done + len(X)], sums))
             done += len(X)
         return [np.concatenate(arrays) for arrays in zip(*found, strict=True)], sums.change()
@@ -625,7 +642,7 @@ class _Fit:
         """Fraction bits of the fixed-point sums: n elements of at most 1 stay below 2**62."""
         self.hashes, squares = np.empty(self.n, np.uint64), np.empty(self.n, np.float64)
         n_blocks = len(blocks)
-        size = 1 if spread is None else max(1, self._run_rows(self.n) * n_blocks // self.n)
+        size = 1 if spread is None else max(1, self._call_rows(self.n) * n_blocks // self.n)
         ends = [0]
         for found in self.each(_Survey(blocks), [range(n_blocks)[some] for some in slices_of(n_blocks, size)]):
             for hashes, square in found:
@@ -638,13 +655,12 @@ class _Fit:
         self.offsets = np.array(ends)
         self.mean_square = _order_free_sum(squares) / self.n
 
-    def _run_rows(self, n_rows: int) -> int:
-        """Rows to read in one call in another process.
+    def _call_rows(self, n_rows: int) -> int:
+        """Rows to read in a call in another process, of a pass that reads `n_rows`.
 
-        Besides the work itself they are for the sums to come back in, up to (K, D) int64 a call: two rows in float32
-        are one in int64, so that is at most as much as is read; and there are at most so many calls.
+        A call gives back up to (K, D) int64 sums, the bytes of 2 K rows: so these are no more than what it reads.
         """
-        return max(_RUN_BYTES // (4 * self.dim), 2 * self.n_clusters, -(-n_rows // _MOST_RUNS))
+        return max(_CALL_BYTES // (4 * self.dim), 2 * self.n_clusters, -(-n_rows // _MOST_CALLS))
 
     def _pass(
         self,
@@ -681,31 +697,37 @@ class _Fit:
             return
 
         bounds = self.offsets if chosen is None else np.searchsorted(chosen, self.offsets)
-        pieces = [(index, slice(lo, hi)) for index, (lo, hi) in enumerate(pairwise(bounds.tolist())) if hi > lo]
+        pieces = [(index, lo, hi) for index, (lo, hi) in enumerate(pairwise(bounds.tolist())) if hi > lo]
 
-        def wanted(index: int, places: slice) -> _Wanted:
+        def wanted(index: int, lo: int, hi: int) -> _Wanted:
             first, end = self.offsets[index : index + 2]
-            if chosen is None or places.stop - places.start == end - first:
-                return index, None
-            return index, chosen[places] - first
+            return index, None if chosen is None or hi - lo == end - first else chosen[lo:hi] - first
+
+        # few rows of each of many blocks are worked on together
+        batches = [pieces[some] for some in _runs([hi - lo for _, lo, hi in pieces], _BATCH_BYTES // (4 * self.dim))]
 
         if self.spread is None:
 
-            def work_on(piece: tuple[int, slice]) -> None:
-                take(piece[1], *work(_read(blocks, wanted(*piece)), old(piece[1]), added))
+            def work_on(batch: list[tuple[int, int, int]]) -> None:
+                places = slice(batch[0][1], batch[-1][2])
+                take(places, *work(_read(blocks, [wanted(*piece) for piece in batch]), old(places), added))
 
-            self._each(work_on, pieces)
+            self._each(work_on, batches)
             return
 
-        spans = np.array([places.stop - places.start for _, places in pieces], np.int64)
-        if chosen is not None:
-            spans = np.array([chosen[places.stop - 1] - chosen[places.start] + 1 for _, places in pieces], np.int64)
-        run_of = (np.cumsum(spans) - spans) // self._run_rows(int(spans.sum()))
-        cuts = [0, *(np.flatnonzero(np.diff(run_of)) + 1).tolist(), len(pieces)]
-        runs = [pieces[lo:hi] for lo, hi in pairwise(cuts) if hi > lo]
-        whole = [slice(run[0][1].start, run[-1][1].stop) for run in runs]
-        sent = (([wanted(*piece) for piece in run], old(places)) for run, places in zip(runs, whole, strict=True))
-        for places, (found, change) in zip(whole, self.spread(_Run(work, blocks, self.n_clusters), sent), strict=True):
+        def n_read(batch: list[tuple[int, int, int]]) -> int:
+            return sum(hi - lo if chosen is None else int(chosen[hi - 1] - chosen[lo]) + 1 for _, lo, hi in batch)
+
+        sizes = list(map(n_read, batches))
+        calls = [batches[some] for some in _runs(sizes, self._call_rows(sum(sizes)))]
+        whole = [slice(call[0][0][1], call[-1][-1][2]) for call in calls]
+        sent = (
+            ([[wanted(*piece) for piece in batch] for batch in call], old(places))
+            for call, places in zip(calls, whole, strict=True)
+        )
+        for places, (found, change) in zip(
+            whole, self.spread(_Apart(work, blocks, self.n_clusters), sent), strict=True
+        ):
             take(places, *found)
             added.apply(change)
 
@@ -742,11 +764,19 @@ class _Fit:
             cost = _order_free_sum(square)
             if cost <= 0:
                 break
-            keys = hash_integers(self.hashes, mix_seed(seed, _SAMPLE, number))
-            chosen = np.flatnonzero(uniform(keys) < oversampling_factor * self.n_clusters * (square / cost))
+            round_seed, wanted = mix_seed(seed, _SAMPLE, number), oversampling_factor * self.n_clusters
+            chosen = np.concatenate(
+                [
+                    some.start
+                    + np.flatnonzero(
+                        uniform(hash_integers(self.hashes[some], round_seed)) < wanted * (square[some] / cost)
+                    )
+                    for some in slices_of(self.n, _STEP_VALUES)
+                ]
+            )
             if not len(chosen):
                 continue
-            new = self._in_hash_order(chosen, keys[chosen])
+            new = self._in_hash_order(chosen, hash_integers(self.hashes[chosen], round_seed))
             new_label, new_square = self._assign(new)
             nearer = new_square < square
             label[nearer] = new_label[nearer] + len(candidates)
@@ -863,9 +893,16 @@ class _Fit:
             square[rows], vector[rows] = found
 
         self._pass(_Measure(centroids), take, label=label)
-        order = np.lexsort((vector, self.hashes, -square))
-        order = order[square[order] > self.dim * 4.0**-self.bits]
-        _, first = np.unique(vector[order], return_index=True)
+        tiny, n_looked_at = self.dim * 4.0**-self.bits, 2 * count
+        while True:
+            # all rows that are as far as the last one looked at, so that these come first in the order of all rows
+            least = np.partition(square, -n_looked_at)[-n_looked_at] if n_looked_at < self.n else 0.0
+            order = np.flatnonzero((square >= least) & (square > tiny))
+            order = order[np.lexsort((vector[order], self.hashes[order], -square[order]))]
+            _, first = np.unique(vector[order], return_index=True)
+            if len(first) >= count or n_looked_at >= self.n:
+                break
+            n_looked_at *= 4
         chosen = order[np.sort(first)[:count]]
         ascending = np.argsort(chosen)
         out = np.empty((len(chosen), self.dim), np.float32)
@@ -960,6 +997,6 @@ def _order_free_sum(values: Float64) -> float:
         return 0.0
     shift = 62 - len(values).bit_length() - int(np.frexp(largest)[1])
     total = 0
-    for some in slices_of(len(values), _SUM_VALUES):
+    for some in slices_of(len(values), _STEP_VALUES):
         total += int(np.rint(np.ldexp(values[some], shift)).astype(np.int64).sum())
     return float(np.ldexp(float(total), -shift))

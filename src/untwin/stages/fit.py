@@ -47,14 +47,17 @@ class FitStage(Stage):
         return [Task(0, sum(part.n_sampled for part in self._parts))]
 
     def memory(self, task: Task) -> int:
-        """The sample, numbers for each row and the centroids."""
-        plan = self._clustering.plan
-        return 4 * plan.dim * (task.n_rows + 10 * plan.n_clusters) + 56 * task.n_rows + (64 << 20)
+        """The sample, and what is needed without it."""
+        return 4 * self._clustering.plan.dim * task.n_rows + self.minimum_memory(task) + (32 << 20)
 
     def minimum_memory(self, task: Task) -> int:
-        """Centroids, and numbers for each sampled row."""
+        """Arrays of centroids or the candidates for these, and numbers for each sampled row (tests measure them)."""
         plan = self._clustering.plan
-        return 40 * plan.dim * plan.n_clusters + 56 * task.n_rows + (32 << 20)
+        vectors = 10 * plan.n_clusters
+        if isinstance(self._options["init"], str) and self._options["init"] == "k-means||":
+            factor = self._options["oversampling_factor"]
+            vectors = max(vectors, 2 * min(task.n_rows, int(5 * factor * plan.n_clusters)) + plan.n_clusters)
+        return 4 * plan.dim * vectors + 56 * task.n_rows + (32 << 20)
 
     def process(self, task: Task, context: Context) -> CentroidsTask:
         """Fit, and write the centroids."""
