@@ -2,9 +2,12 @@
 
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,10 @@ import pytest
 
 import untwin
 from untwin import IdentifyDuplicatesStage, KMeansStage, PairwiseStage, Pipeline, RemoveDuplicatesStage
+from untwin.core import fit, hash_integers, normalize
 from untwin.errors import InputNotFoundError, OutputExistsError, OutputInUseError, ParameterError, UntwinError
-from untwin.storage.files import Storage
+from untwin.storage.files import Storage, join
+from untwin.storage.sample import SampleBlocks, read_hashes, sample_batches, write_sample
 
 EPS = 0.02
 OPTIONS = {"eps": EPS, "n_clusters": 3, "workers": 2}
@@ -421,3 +426,20 @@ def test_an_audit_gives_the_local_numbers_and_leaves_nothing_behind(bucket, sour
     assert {name for name in after if after[name] != before.get(name)} == {"run.json"}
     assert set(after) == set(before)
     assert_no_canary(after)
+
+
+def test_a_fit_spread_over_processes_reads_the_sample_from_s3(bucket, tmp_path):
+    X, _ = normalize(np.random.default_rng(0).normal(size=(900, 6)))
+    hashes = hash_integers(np.arange(900), 1)
+    results = []
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for storage, folder in ((Storage(bucket.options), bucket.url("sample")), (Storage(), str(tmp_path))):
+            paths = [join(folder, name) for name in ("0.arrow", "1.arrow")]
+            for path, some in zip(paths, (slice(0, 500), slice(500, 900)), strict=True):
+                write_sample(storage, path, sample_batches([(hashes[some], X[some])], 100))
+            parts = pool.map(partial(read_hashes, storage), paths)
+            n_rows = [[len(found) for _, found in part] for part in parts]
+            blocks = SampleBlocks(storage, paths, n_rows, 6, 200)
+            results.append(fit(blocks, 5, init="random", max_iter=2, spread=pool.map))
+    assert results[0].centroids.tobytes() == results[1].centroids.tobytes()
+    assert results[0].counts.sum() == 900
