@@ -38,8 +38,9 @@ class Ragged:
     def __len__(self):
         return len(self.parts)
 
-    def block(self, index):
-        return self.X[self.parts[index]], self.hashes[self.parts[index]]
+    def block(self, index, start=0, stop=None):
+        rows = self.parts[index][start:stop]
+        return self.X[rows], self.hashes[rows]
 
 
 def assert_same(a, b):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ import pytest
 
 import untwin
 from untwin import IdentifyDuplicatesStage, KMeansStage, PairwiseStage, Pipeline, RemoveDuplicatesStage
+from untwin.core import fit, hash_integers, normalize
 from untwin.errors import InputNotFoundError, OutputExistsError, OutputInUseError, ParameterError, UntwinError
 from untwin.stages import pairwise
 from untwin.stages.base import Context, Upstream
 from untwin.stages.ranking import RankingStrategy
-from untwin.storage.files import Storage
+from untwin.storage.files import Storage, join
+from untwin.storage.sample import SampleBlocks, read_hashes, sample_batches, write_sample
 
 EPS = 0.02
 OPTIONS = {"eps": EPS, "n_clusters": 3, "workers": 2}
@@ -463,3 +466,20 @@ def test_workers_compare_a_giant_cluster_that_lies_on_s3(tmp_path, bucket, monke
     assert data_of(got)["cluster_0.parquet"].equals(data_of(want)["cluster_0.parquet"])
     assert data_of(got)["cluster_0.parquet"]["kept_id"].null_count < 1100
     assert len(seen) == 3 and {len(content) for content in seen} == {X.size * 4}
+
+
+def test_a_fit_spread_over_processes_reads_the_sample_from_s3(bucket, tmp_path):
+    X, _ = normalize(np.random.default_rng(0).normal(size=(900, 6)))
+    hashes = hash_integers(np.arange(900), 1)
+    results = []
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for storage, folder in ((Storage(bucket.options), bucket.url("sample")), (Storage(), str(tmp_path))):
+            paths = [join(folder, name) for name in ("0.arrow", "1.arrow")]
+            for path, some in zip(paths, (slice(0, 500), slice(500, 900)), strict=True):
+                write_sample(storage, path, sample_batches([(hashes[some], X[some])], 100))
+            parts = pool.map(partial(read_hashes, storage), paths)
+            n_rows = [[len(found) for _, found in part] for part in parts]
+            blocks = SampleBlocks(storage, paths, n_rows, 6, 200)
+            results.append(fit(blocks, 5, init="random", max_iter=2, spread=pool.map))
+    assert results[0].centroids.tobytes() == results[1].centroids.tobytes()
+    assert results[0].counts.sum() == 900

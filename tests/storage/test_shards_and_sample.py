@@ -1,5 +1,7 @@
 """Shards and the row sample: what was written comes back, by group and by block."""
 
+import io
+import pickle
 import tempfile
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from untwin.errors import DamagedFileError, InputNotFoundError
 from untwin.storage.columns import matrix_of
 from untwin.storage.files import Recording, Storage
 from untwin.storage.memory import Space, space
-from untwin.storage.sample import SampleBlocks, read_hashes, sample_batch, write_sample
-from untwin.storage.shards import Slices, leave_shard, make_shard, read_batch, write_shard
+from untwin.storage.sample import SampleBlocks, read_hashes, sample_batches, write_sample
+from untwin.storage.shards import Slices, leave_shard, make_shard, write_shard
 
 STORAGE = Storage()
 
@@ -193,40 +195,86 @@ def test_a_damaged_part_of_the_sample_is_named(tmp_path):
     path = tmp_path / "x.arrow"
     path.write_bytes(b"ARROW1 and then nothing of use")
     with pytest.raises(DamagedFileError, match=r"x\.arrow: cannot be read"):
-        read_batch(STORAGE, str(path), 0)
+        read_hashes(STORAGE, str(path))
+
+
+def sample_parts(folder, rng, sizes):
+    """Files with `(dim, rows)` each; returns their paths, and the hashes and vectors of each length."""
+    paths, rows = [], {}
+    for number, part in enumerate(sizes):
+        batches = []
+        for dim, n in part:
+            hashes = rng.integers(0, 2**63, n).astype(np.uint64) * np.uint64(2)
+            X = rng.normal(size=(n, dim)).astype(np.float32)
+            cuts = np.sort(rng.integers(0, n + 1, 2))
+            pieces = zip(np.split(hashes, cuts), np.split(X, cuts), strict=True)
+            batches += sample_batches(list(pieces), 7)
+            rows.setdefault(dim, []).append((hashes, X))
+        paths.append(str(folder / f"{number}.arrow"))
+        write_sample(STORAGE, paths[-1], batches)
+    return paths, {dim: tuple(map(np.concatenate, zip(*some, strict=True))) for dim, some in rows.items()}
+
+
+def test_a_part_of_the_sample_holds_its_rows_in_the_order_of_their_hashes(tmp_path):
+    (path,), rows = sample_parts(tmp_path, np.random.default_rng(2), [[(4, 50), (3, 8)]])
+    found = read_hashes(STORAGE, path)
+    assert [dim for dim, _ in found] == [4] * 8 + [3] * 2
+    assert max(len(hashes) for _, hashes in found) == 7
+    for dim, (hashes, _) in rows.items():
+        read = np.concatenate([some for length, some in found if length == dim])
+        np.testing.assert_array_equal(read, np.sort(hashes))
+
+
+def test_hashes_are_read_without_the_vectors(tmp_path):
+    X = np.zeros((4000, 300), np.float32)
+    path = tmp_path / "x.arrow"
+    write_sample(STORAGE, str(path), sample_batches([(np.arange(4000, dtype=np.uint64), X)], 1000))
+    reads = []
+
+    class CountedFile(io.FileIO):
+        def read(self, size=-1):
+            reads.append(size)
+            return super().read(size)
+
+    class Counted(Storage):
+        def open(self, path):
+            return pa.PythonFile(CountedFile(path), mode="r")
+
+    found = read_hashes(Counted(), str(path))
+    assert sum(len(hashes) for _, hashes in found) == 4000
+    assert min(reads) >= 0
+    assert sum(reads) < 100_000 < X.nbytes < path.stat().st_size
 
 
 def test_sample_blocks_are_the_rows_of_the_wanted_length_with_small_hashes(tmp_path):
-    rng = np.random.default_rng(1)
-    parts, hashes, vectors = [], [], []
-    for number in range(3):
-        batches = []
-        for dim, n in ((4, 10), (3, 5), (4, 1)):
-            some = rng.integers(0, 2**63, n).astype(np.uint64) * np.uint64(2)
-            X = rng.normal(size=(n, dim)).astype(np.float32)
-            batches.append(sample_batch(some, X))
-            if dim == 4:
-                hashes.append(some)
-                vectors.append(X)
-        path = str(tmp_path / f"{number}.arrow")
-        write_sample(STORAGE, path, batches)
-        parts.append((path, len(batches)))
-        read, lengths = read_hashes(STORAGE, path, len(batches))
-        assert len(read) == 16
-        assert lengths.tolist() == [4] * 10 + [3] * 5 + [4]
-    hashes, vectors = np.concatenate(hashes), np.concatenate(vectors)
-    highest = int(np.sort(hashes)[20])
-    chosen = hashes <= highest
-    blocks = SampleBlocks(STORAGE, parts, 4, highest, int(chosen.sum()))
-    assert (len(blocks), blocks.dim, blocks.n_rows) == (9, 4, 21)
+    paths, rows = sample_parts(tmp_path, np.random.default_rng(1), [[(4, 30), (3, 5)], [(3, 9)], [(4, 41)]])
+    hashes, vectors = rows[4]
+    highest = np.sort(hashes)[40]
+    found = [read_hashes(STORAGE, path) for path in paths]
+    n_rows = [[int((some <= highest).sum()) if dim == 4 else 0 for dim, some in part] for part in found]
+    blocks = pickle.loads(pickle.dumps(SampleBlocks(STORAGE, paths, n_rows, 4, 15)))
+    assert (blocks.dim, blocks.n_rows) == (4, 41)
+    assert max(blocks.count(index) for index in range(len(blocks))) <= 15
     read = [blocks.block(index) for index in range(len(blocks))]
+    chosen = np.flatnonzero(hashes <= highest)
+    # parts in their order, and by hash inside
+    part_of = np.repeat([0, 1], [30, 41])
+    chosen = chosen[np.lexsort((hashes[chosen], part_of[chosen]))]
     np.testing.assert_array_equal(np.concatenate([X for X, _ in read]), vectors[chosen])
     np.testing.assert_array_equal(np.concatenate([h for _, h in read]), hashes[chosen])
-    assert all(X.flags.c_contiguous and X.dtype == np.float32 for X, _ in read)
+    for index, (X, h) in enumerate(read):
+        assert len(X) == blocks.count(index) > 0
+        assert X.flags.c_contiguous
+        assert X.dtype == np.float32
+        for start in range(len(X)):
+            for stop in (start, start + 1, len(X), None):
+                some, some_hashes = blocks.block(index, start, stop)
+                np.testing.assert_array_equal(some, X[start:stop])
+                np.testing.assert_array_equal(some_hashes, h[start:stop])
 
 
 def test_an_empty_part_of_the_sample_has_no_hashes(tmp_path):
     path = str(tmp_path / "x.arrow")
     write_sample(STORAGE, path, [])
-    hashes, lengths = read_hashes(STORAGE, path, 0)
-    assert len(hashes) == len(lengths) == 0
+    assert read_hashes(STORAGE, path) == []
+    assert len(SampleBlocks(STORAGE, [path], [[]], 4, 15)) == 0

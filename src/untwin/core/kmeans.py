@@ -7,9 +7,11 @@ or spread over threads.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -29,23 +31,33 @@ Neighbours = npt.NDArray[np.intp]
 """(K, M) places among the distinct centroids: of each centroid itself (or what it is a copy of), then of others."""
 Init = Literal["k-means||", "random"] | Float32
 T = TypeVar("T")
-BlockMap = Callable[[Callable[[int], T], Iterable[int]], Iterable[T]]
+BlockMap = Callable[[Callable[[Any], T], Iterable[Any]], Iterable[T]]
 """Like `map` or `ThreadPoolExecutor.map`."""
 
 _ASSIGN_ROWS = 1024
 _ASSIGN_COLUMNS = 1024
-_SMALL_PRODUCT = 1_000_000
+_SMALL_PRODUCT = 250_000
 """Multiplications that take as long as it takes to begin a product."""
 _SCALABLE_ROUNDS = 5
 _OVERSHOOT = np.float32(0.7)
 """How much farther than to its mean a centroid moves, as a part of the way there."""
 _PROPOSALS = 128
+_STEP_VALUES = 1 << 16
+"""Numbers of rows that are gone through at a time, so that memory holds few temporary ones."""
+_BATCH_BYTES = 4 << 20
+"""Rows of several blocks that are worked on together."""
+_CALL_BYTES = 16 << 20
+_MOST_CALLS = 1024
+"""Of a pass that is spread over processes: least bytes of rows to read in a call, and most calls."""
 _FIRST, _SAMPLE, _PLUS_PLUS, _RANDOM, _FILL, _VECTOR = range(6)
 """Purposes of random numbers: one seed each."""
 
 
 class RowBlocks(Protocol):
-    """Unit rows and the hashes of their ids, a block at a time; read from many threads."""
+    """Unit rows and the hashes of their ids, a block at a time; read from many threads.
+
+    With `fit(spread=...)` it is sent to other processes, so it must be picklable and small.
+    """
 
     @property
     def n_rows(self) -> int:
@@ -58,8 +70,8 @@ class RowBlocks(Protocol):
     def __len__(self) -> int:
         """Count the blocks."""
 
-    def block(self, index: int) -> tuple[Float32, UInt64]:
-        """Read (b, D) float32 unit rows, C-contiguous, and their (b,) uint64 hashes, unique to a row."""
+    def block(self, index: int, start: int = 0, stop: int | None = None) -> tuple[Float32, UInt64]:
+        """Rows `start:stop` of a block: (b, D) float32 unit vectors, C-contiguous, and (b,) uint64 hashes of ids."""
 
 
 class ArrayBlocks:
@@ -83,10 +95,10 @@ class ArrayBlocks:
         """Count the blocks."""
         return len(self._slices)
 
-    def block(self, index: int) -> tuple[Float32, UInt64]:
-        """Rows and hashes of block `index`."""
+    def block(self, index: int, start: int = 0, stop: int | None = None) -> tuple[Float32, UInt64]:
+        """Rows `start:stop` of a block, and their hashes."""
         rows = self._slices[index]
-        return self._X[rows], self._hashes[rows]
+        return self._X[rows][start:stop], self._hashes[rows][start:stop]
 
     def take(self, positions: Int64) -> Float32:
         """Copy rows at any positions, counted over all blocks; (m, D) float32."""
@@ -172,25 +184,33 @@ class NearestCentroid:
             out[rows, :count] = self._index[self._nearest_few(X[rows], count)]
         return out
 
-    def neighbours(self, count: int) -> Neighbours:
-        """Those nearest to each of the (K, D) centroids that this was made from: itself, then others in any order."""
+    def neighbours(self, count: int, each: BlockMap[Any] = map) -> Neighbours:
+        """Those nearest to each of the (K, D) centroids that this was made from: itself, then others in any order.
+
+        Args:
+            count: How many, itself included.
+            each: Map-like callable for the centroids, some hundred at a time; it may send them to other processes.
+        """
         n_distinct = len(self._centroids)
-        count = min(count, n_distinct)
-        table = np.empty((n_distinct, count), np.intp)
-        for rows in slices_of(n_distinct, _ASSIGN_ROWS // 4):
-            scores = self._centroids[rows] @ self._centroids.T
-            scores -= self._half_squares
-            kth = np.partition(scores, -count, axis=1)[:, -count]
-            close = scores >= float32_below(kth - 2 * self._error)[:, None]
-            unsure = np.flatnonzero(close.sum(axis=1) > count)
-            close[unsure] = False
-            close[unsure[:, None], self._nearest_few(self._centroids[rows][unsure], count)] = True
-            table[rows] = np.flatnonzero(close).reshape(-1, count) % close.shape[1]
-        every = np.arange(n_distinct)
-        own = (table == every[:, None]).argmax(axis=1)
-        table[every, own] = table[:, 0]
-        table[:, 0] = every
+        near = functools.partial(self._neighbours_of, min(count, n_distinct))
+        table = np.concatenate(list(each(near, slices_of(n_distinct, _ASSIGN_ROWS // 4))))
         return table[self._place]
+
+    def _neighbours_of(self, count: int, rows: slice) -> Neighbours:
+        """`neighbours` of some of the distinct centroids."""
+        scores = self._centroids[rows] @ self._centroids.T
+        scores -= self._half_squares
+        kth = np.partition(scores, -count, axis=1)[:, -count]
+        close = scores >= float32_below(kth - 2 * self._error)[:, None]
+        unsure = np.flatnonzero(close.sum(axis=1) > count)
+        close[unsure] = False
+        close[unsure[:, None], self._nearest_few(self._centroids[rows][unsure], count)] = True
+        table: Neighbours = np.flatnonzero(close).reshape(-1, count) % close.shape[1]
+        every = np.arange(rows.start, rows.stop)
+        own = (table == every[:, None]).argmax(axis=1)
+        table[np.arange(len(table)), own] = table[:, 0]
+        table[:, 0] = every
+        return table
 
     def labels_near(self, X: Float32, old: Int32, neighbours: Neighbours, counts: Int64) -> Int32:
         """Find the nearest centroid among the neighbours of the one that a row had, as if that did not hold the row.
@@ -293,13 +313,194 @@ class NearestCentroid:
         return best
 
 
-def _finder(centroids: Float32, n_neighbours: int | None, counts: Int64) -> Callable[[Float32, Int32], Int32]:
-    """What finds new labels from rows and their old labels."""
-    finder = NearestCentroid(centroids)
-    if n_neighbours is None:
-        return lambda X, old: finder.labels(X)
-    neighbours = finder.neighbours(n_neighbours)
-    return lambda X, old: finder.labels_near(X, old, neighbours, counts) if len(X) else old
+class _Sums:
+    """Fixed-point sums and counts of each cluster's rows: integers, so that the order of additions does not matter."""
+
+    def __init__(self, n_clusters: int, dim: int) -> None:
+        self.sums = np.zeros((n_clusters, dim), np.int64)
+        self.counts = np.zeros(n_clusters, np.int64)
+        self.n_moved = 0
+        """Rows that were moved from one cluster to another."""
+        self._touched = np.zeros(n_clusters, np.bool_)
+        self._lock = threading.Lock()
+
+    def move(self, values: Int64, old: Int32, new: Int32) -> None:
+        """Move rows of fixed-point values from their old clusters (-1: none) to their new ones."""
+        self._add(values, new, 1)
+        settled = old >= 0
+        self._add(values[settled], old[settled], -1)
+        with self._lock:
+            self.n_moved += len(new)
+
+    def _add(self, values: Int64, label: Int32, sign: int) -> None:
+        if not len(label):
+            return
+        order = np.argsort(label, kind="stable")
+        starts = np.flatnonzero(np.diff(label[order], prepend=-1))
+        ends = np.append(starts[1:], len(label))
+        part = np.empty((len(starts), values.shape[1]), np.int64)
+        values = values[order]
+        for at, (lo, hi) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+            np.add.reduce(values[lo:hi], axis=0, out=part[at])
+        self.apply((label[order[starts]], sign * part, sign * (ends - starts), 0))
+
+    def change(self) -> _Change:
+        """What was added: the clusters that it is about, their sums, their counts, rows moved."""
+        clusters = np.flatnonzero(self._touched)
+        return clusters, self.sums[clusters], self.counts[clusters], self.n_moved
+
+    def apply(self, change: _Change) -> None:
+        """Add what another one's `change` says."""
+        clusters, sums, counts, n_moved = change
+        with self._lock:
+            self._touched[clusters] = True
+            self.sums[clusters] += sums
+            self.counts[clusters] += counts
+            self.n_moved += n_moved
+
+
+@dataclass(frozen=True)
+class _Find:
+    """Finds new labels from rows and their old labels."""
+
+    finder: NearestCentroid
+    neighbours: Neighbours | None
+    counts: Int64
+
+    def __call__(self, X: Float32, old: Int32) -> Int32:
+        if self.neighbours is None:
+            return self.finder.labels(X)
+        return self.finder.labels_near(X, old, self.neighbours, self.counts)
+
+
+# What a pass does with some rows, their labels and the sums: gives arrays with an entry for each row. It travels to
+# other processes, with the centroids that it holds.
+
+
+def _rows(X: Float32, old: Int32, sums: _Sums) -> tuple[Float32]:
+    """The rows themselves."""
+    return (X,)
+
+
+@dataclass(frozen=True)
+class _Assign:
+    """Label and squared distance."""
+
+    finder: NearestCentroid
+
+    def __call__(self, X: Float32, old: Int32, sums: _Sums) -> tuple[Int32, Float64]:
+        return self.finder.assign(X)
+
+
+@dataclass(frozen=True)
+class _Relabel:
+    """New labels; rows that change theirs are moved between the sums."""
+
+    find: _Find
+    bits: int
+
+    def __call__(self, X: Float32, old: Int32, sums: _Sums) -> tuple[Int32]:
+        new = self.find(X, old)
+        moved = np.flatnonzero(new != old)
+        if len(moved):
+            values = np.multiply(X[moved], 2.0**self.bits, dtype=np.float64)
+            sums.move(np.rint(values, out=values).astype(np.int64), old[moved], new[moved])
+        return (new,)
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Squared distance to the centroid that a row is part of, and a hash of the row."""
+
+    centroids: Float32
+
+    def __call__(self, X: Float32, old: Int32, sums: _Sums) -> tuple[Float64, UInt64]:
+        return pair_squared_distance(X, np.arange(len(X)), self.centroids, old.astype(np.intp)), hash_rows(X, _VECTOR)
+
+
+@dataclass(frozen=True)
+class _Conclude:
+    """Final label, squared distance, and cosine similarity to the centroid."""
+
+    find: _Find
+    centroids: Float32
+    norms: Float64
+
+    def __call__(self, X: Float32, old: Int32, sums: _Sums) -> tuple[Int32, Float64, Float64]:
+        label = self.find(X, old)
+        cosine = np.empty(len(X), np.float64)
+        # x.c from |x - c|^2 would cancel; x.x is 1 up to float32 rounding, so ask for the product itself.
+        for part in slices_of(len(X), 1024):
+            cosine[part] = rowwise_dot(X[part], self.centroids[label[part]]) / self.norms[label[part]]
+        return label, pair_squared_distance(X, np.arange(len(X)), self.centroids, label.astype(np.intp)), cosine
+
+
+_Work = Callable[[Float32, Int32, _Sums], tuple[npt.NDArray[Any], ...]]
+_Change = tuple[npt.NDArray[Any], Int64, Int64, int]
+_Wanted = tuple[int, Int64 | None]
+"""A block's number, and the rows of it that are wanted, ascending; None: all."""
+
+
+def _read(blocks: RowBlocks, wanted: Sequence[_Wanted]) -> Float32:
+    """The wanted rows of some blocks."""
+    found = []
+    for index, rows in wanted:
+        if rows is None:
+            found.append(blocks.block(index)[0])
+        else:
+            start, stop = int(rows[0]), int(rows[-1]) + 1
+            X = blocks.block(index, start, stop)[0]
+            found.append(X if len(X) == len(rows) else X[rows - start])
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _runs(sizes: Sequence[int], most: int) -> list[slice]:
+    """Cut a sequence into runs whose sizes add up to `most` at most, or that have one item."""
+    cuts, filled = [0], 0
+    for at, size in enumerate(sizes):
+        if filled and filled + size > most:
+            cuts.append(at)
+            filled = 0
+        filled += size
+    return [slice(lo, hi) for lo, hi in pairwise([*cuts, len(sizes)]) if hi > lo]
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """Does the work of a pass in another process: the same object for all calls of a pass."""
+
+    work: _Work
+    blocks: RowBlocks
+    n_clusters: int
+
+    def __call__(self, call: tuple[list[list[_Wanted]], Int32]) -> tuple[list[npt.NDArray[Any]], _Change]:
+        """From the rows wanted, some at a time, and their labels to what `work` gives and the change of the sums."""
+        wanted, old = call
+        sums = _Sums(self.n_clusters, self.blocks.dim)
+        found = []
+        done = 0
+        for some in wanted:
+            X = _read(self.blocks, some)
+            found.append(self.work(X, old[done : done + len(X)], sums))
+            done += len(X)
+        return [np.concatenate(arrays) for arrays in zip(*found, strict=True)], sums.change()
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """Reads hashes and squared norms of the rows of some blocks."""
+
+    blocks: RowBlocks
+
+    def __call__(self, run: range) -> list[tuple[UInt64, Float64]]:
+        found = []
+        for index in run:
+            X, hashes = self.blocks.block(index)
+            square = rowwise_dot(X, X)
+            if not (np.abs(square - 1) < 1e-5).all():
+                raise ParameterError("rows must be of unit length: use untwin.core.normalize")
+            found.append((hashes, square))
+        return found
 
 
 def nearest(X: Float32, centroids: Float32) -> tuple[Int32, Float64]:
@@ -336,6 +537,7 @@ def fit(
     growth: Sequence[tuple[int, int]] = (),
     seed: int = 42,
     executor_map: BlockMap[Any] = map,
+    spread: BlockMap[Any] | None = None,
 ) -> KMeansResult:
     """Fit `n_clusters` centroids by Lloyd's algorithm.
 
@@ -373,6 +575,11 @@ def fit(
         Any integer.
     executor_map
         Map-like callable for the blocks, for instance `ThreadPoolExecutor.map`.
+    spread
+        Instead of it: map-like callable that sends functions, items and results to other processes and back, the
+        results in order. Blocks are then read, and rows compared and summed up, where the functions run, many blocks
+        at a time; a result takes at most a (K, D) int64 array and a few numbers per row. Only what memory holds of
+        each row stays here. The answer is the same.
 
     Raises:
     ------
@@ -405,8 +612,8 @@ def fit(
     elif not np.isfinite(init).all():
         raise ParameterError("init must be finite")
 
-    run = _Fit(blocks, n_clusters, executor_map)
-    results = []
+    run = _Fit(blocks, n_clusters, executor_map, spread)
+    best: KMeansResult | None = None
     for attempt in range(n_init if isinstance(init, str) else 1):
         run_seed = mix_seed(seed, attempt)
         if not isinstance(init, str):
@@ -415,53 +622,123 @@ def fit(
             start = run.random_rows(n_clusters, mix_seed(run_seed, _RANDOM))
         else:
             start = run.scalable_init(oversampling_factor, run_seed)
-        results.append(run.lloyd(start, [*growth, (n_rows, max_iter)], tol, n_neighbours))
-    return min(results, key=lambda result: result.inertia)
+        result = run.lloyd(start, [*growth, (n_rows, max_iter)], tol, n_neighbours)
+        if best is None or result.inertia < best.inertia:
+            best = result
+    assert best is not None
+    return best
 
 
 class _Fit:
     """The rows with what is held of each (hash, label, squared distance), and passes over them."""
 
-    def __init__(self, blocks: RowBlocks, n_clusters: int, executor_map: BlockMap[Any]) -> None:
-        self.blocks, self.n_clusters, self.executor_map = blocks, n_clusters, executor_map
+    def __init__(
+        self, blocks: RowBlocks, n_clusters: int, executor_map: BlockMap[Any], spread: BlockMap[Any] | None
+    ) -> None:
+        self.blocks, self.n_clusters, self.executor_map, self.spread = blocks, n_clusters, executor_map, spread
+        self.each = spread or executor_map
         self.n, self.dim = blocks.n_rows, blocks.dim
         self.bits = min(40, 62 - self.n.bit_length())
         """Fraction bits of the fixed-point sums: n elements of at most 1 stay below 2**62."""
-        self.lock = threading.Lock()
+        self.hashes, squares = np.empty(self.n, np.uint64), np.empty(self.n, np.float64)
+        n_blocks = len(blocks)
+        size = 1 if spread is None else max(1, self._call_rows(self.n) * n_blocks // self.n)
+        ends = [0]
+        for found in self.each(_Survey(blocks), [range(n_blocks)[some] for some in slices_of(n_blocks, size)]):
+            for hashes, square in found:
+                lo, hi = ends[-1], ends[-1] + len(hashes)
+                if hi <= self.n:
+                    self.hashes[lo:hi], squares[lo:hi] = hashes, square
+                ends.append(hi)
+        if ends[-1] != self.n:
+            raise ParameterError(f"the blocks hold {ends[-1]} rows, not {self.n} as they say")
+        self.offsets = np.array(ends)
+        self.mean_square = _order_free_sum(squares) / self.n
 
-        def survey(index: int) -> tuple[UInt64, Float64]:
-            X, hashes = blocks.block(index)
-            square = rowwise_dot(X, X)
-            if not (np.abs(square - 1) < 1e-5).all():
-                raise ParameterError("rows must be of unit length: use untwin.core.normalize")
-            return hashes, square
+    def _call_rows(self, n_rows: int) -> int:
+        """Rows to read in a call in another process, of a pass that reads `n_rows`.
 
-        surveyed = list(executor_map(survey, range(len(blocks))))
-        self.hashes = np.concatenate([hashes for hashes, _ in surveyed])
-        self.offsets = np.cumsum([0] + [len(hashes) for hashes, _ in surveyed])
-        if len(self.hashes) != self.n:
-            raise ParameterError(f"the blocks hold {len(self.hashes)} rows, not {self.n} as they say")
-        self.mean_square = _order_free_sum(np.concatenate([square for _, square in surveyed])) / self.n
+        A call gives back up to (K, D) int64 sums, the bytes of 2 K rows: so these are no more than what it reads.
+        """
+        return max(_CALL_BYTES // (4 * self.dim), 2 * self.n_clusters, -(-n_rows // _MOST_CALLS))
 
-    def _fixed(self, X: Float32) -> Int64:
-        return np.rint(np.multiply(X, 2.0**self.bits, dtype=np.float64)).astype(np.int64)
+    def _pass(
+        self,
+        work: _Work,
+        take: Callable[..., None],
+        *,
+        chosen: Int64 | None = None,
+        label: Int32 | None = None,
+        sums: _Sums | None = None,
+    ) -> None:
+        """Do `work` on rows, some at a time, wherever they are.
 
-    def _rows_of(self, index: int) -> slice:
-        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        Args:
+            work: What to do.
+            take: Is given a slice of the rows and what `work` gave for these. From several threads.
+            chosen: Positions of the rows, ascending (in memory: in any order); None: all.
+            label: The labels of all rows, where `work` wants them.
+            sums: Where the rows' moves are added.
+        """
+        added = _Sums(0, self.dim) if sums is None else sums
 
-    def _each(self, work: Callable[[int], Any], indices: Iterable[int] | None = None) -> list[Any]:
-        return list(self.executor_map(work, range(len(self.blocks)) if indices is None else indices))
+        def old(places: slice) -> Int32:
+            if label is None:
+                return np.empty(0, np.int32)
+            return label[places if chosen is None else chosen[places]]
+
+        blocks = self.blocks
+        if self.spread is None and isinstance(blocks, ArrayBlocks) and chosen is not None:
+
+            def work_here(places: slice) -> None:
+                take(places, *work(blocks.take(chosen[places]), old(places), added))
+
+            self._each(work_here, slices_of(len(chosen), 2 * _ASSIGN_ROWS))
+            return
+
+        bounds = self.offsets if chosen is None else np.searchsorted(chosen, self.offsets)
+        pieces = [(index, lo, hi) for index, (lo, hi) in enumerate(pairwise(bounds.tolist())) if hi > lo]
+
+        def wanted(index: int, lo: int, hi: int) -> _Wanted:
+            first, end = self.offsets[index : index + 2]
+            return index, None if chosen is None or hi - lo == end - first else chosen[lo:hi] - first
+
+        # few rows of each of many blocks are worked on together
+        batches = [pieces[some] for some in _runs([hi - lo for _, lo, hi in pieces], _BATCH_BYTES // (4 * self.dim))]
+
+        if self.spread is None:
+
+            def work_on(batch: list[tuple[int, int, int]]) -> None:
+                places = slice(batch[0][1], batch[-1][2])
+                take(places, *work(_read(blocks, [wanted(*piece) for piece in batch]), old(places), added))
+
+            self._each(work_on, batches)
+            return
+
+        def n_read(batch: list[tuple[int, int, int]]) -> int:
+            return sum(hi - lo if chosen is None else int(chosen[hi - 1] - chosen[lo]) + 1 for _, lo, hi in batch)
+
+        sizes = list(map(n_read, batches))
+        calls = [batches[some] for some in _runs(sizes, self._call_rows(sum(sizes)))]
+        whole = [slice(call[0][0][1], call[-1][-1][2]) for call in calls]
+        sent = (
+            ([[wanted(*piece) for piece in batch] for batch in call], old(places))
+            for call, places in zip(calls, whole, strict=True)
+        )
+        for places, (found, change) in zip(
+            whole, self.spread(_Apart(work, blocks, self.n_clusters), sent), strict=True
+        ):
+            take(places, *found)
+            added.apply(change)
+
+    def _each(self, work: Callable[[Any], None], items: Iterable[Any]) -> None:
+        for _ in self.executor_map(work, items):
+            pass
 
     def gather(self, positions: Int64) -> Float32:
         """Rows at ascending positions, (m, D) float32."""
         out = np.empty((len(positions), self.dim), np.float32)
-        bounds = np.searchsorted(positions, self.offsets)
-
-        def copy(index: int) -> None:
-            lo, hi = bounds[index], bounds[index + 1]
-            out[lo:hi] = self.blocks.block(index)[0][positions[lo:hi] - self.offsets[index]]
-
-        self._each(copy, np.flatnonzero(np.diff(bounds)).tolist())
+        self._pass(_rows, out.__setitem__, chosen=positions)
         return out
 
     def _in_hash_order(self, positions: Int64, keys: UInt64) -> Float32:
@@ -487,11 +764,19 @@ class _Fit:
             cost = _order_free_sum(square)
             if cost <= 0:
                 break
-            keys = hash_integers(self.hashes, mix_seed(seed, _SAMPLE, number))
-            chosen = np.flatnonzero(uniform(keys) < oversampling_factor * self.n_clusters * (square / cost))
+            round_seed, wanted = mix_seed(seed, _SAMPLE, number), oversampling_factor * self.n_clusters
+            chosen = np.concatenate(
+                [
+                    some.start
+                    + np.flatnonzero(
+                        uniform(hash_integers(self.hashes[some], round_seed)) < wanted * (square[some] / cost)
+                    )
+                    for some in slices_of(self.n, _STEP_VALUES)
+                ]
+            )
             if not len(chosen):
                 continue
-            new = self._in_hash_order(chosen, keys[chosen])
+            new = self._in_hash_order(chosen, hash_integers(self.hashes[chosen], round_seed))
             new_label, new_square = self._assign(new)
             nearer = new_square < square
             label[nearer] = new_label[nearer] + len(candidates)
@@ -506,44 +791,21 @@ class _Fit:
 
     def _assign(self, centroids: Float32) -> tuple[Int32, Float64]:
         """Label and squared distance of every row."""
-        finder = NearestCentroid(centroids)
         label, square = np.empty(self.n, np.int32), np.empty(self.n, np.float64)
 
-        def work(index: int) -> None:
-            rows = self._rows_of(index)
-            label[rows], square[rows] = finder.assign(self.blocks.block(index)[0])
+        def take(rows: slice, *found: npt.NDArray[Any]) -> None:
+            label[rows], square[rows] = found
 
-        self._each(work)
+        self._pass(_Assign(NearestCentroid(centroids)), take)
         return label, square
-
-    def _parts(self, bound: np.uint64, label: Int32 | None) -> tuple[int, Callable[[int], tuple[Int64, Float32]]]:
-        """Number of parts, and what reads positions and rows of one, of the rows with a hash up to `bound`.
-
-        With `label`, clusters come in one piece where that costs nothing.
-        """
-        blocks = self.blocks
-        if label is not None and isinstance(blocks, ArrayBlocks):
-            chosen = np.flatnonzero(self.hashes <= bound)
-            order = chosen[np.argsort(label[chosen], kind="stable")]
-            parts = list(slices_of(len(order), 2 * _ASSIGN_ROWS))
-            return len(parts), lambda index: (order[parts[index]], blocks.take(order[parts[index]]))
-
-        def part_of(index: int) -> tuple[Int64, Float32]:
-            chosen = np.flatnonzero(self.hashes[self._rows_of(index)] <= bound)
-            if not len(chosen):
-                return chosen, np.empty((0, self.dim), np.float32)
-            X = self.blocks.block(index)[0]
-            return chosen + self.offsets[index], X if len(chosen) == len(X) else X[chosen]
-
-        return len(blocks), part_of
 
     def lloyd(
         self, centroids: Float32, steps: Sequence[tuple[int, int]], tol: float, n_neighbours: int | None
     ) -> KMeansResult:
         """Lloyd's iterations from given centroids; sums change only by the rows that move, exactly."""
         label = np.full(self.n, -1, np.int32)
-        sums = np.zeros((self.n_clusters, self.dim), np.int64)
-        counts = np.zeros(self.n_clusters, np.int64)
+        total = _Sums(self.n_clusters, self.dim)
+        sums, counts = total.sums, total.counts
         n_iter = 0
         for step, (n_rows, max_iter) in enumerate(steps, 1):
             last_row = min(self.n, n_rows) - 1
@@ -551,7 +813,7 @@ class _Fit:
             for iteration in range(1, max_iter + 1):
                 n_iter += 1
                 few = n_neighbours if iteration > 1 else None
-                changed = self._relabel(centroids, label, sums, counts, bound, few)
+                changed = self._relabel(centroids, label, total, bound, few)
                 full = counts > 0
                 means = centroids.copy()
                 means[full] = sums[full] / (counts[full, None] * 2.0**self.bits)
@@ -575,43 +837,34 @@ class _Fit:
                     centroids[full] += _OVERSHOOT * shift[full].astype(np.float32)
         return self._result(centroids, n_iter, label, n_neighbours)
 
+    def _finder(self, centroids: Float32, n_neighbours: int | None, counts: Int64) -> _Find:
+        finder = NearestCentroid(centroids)
+        return _Find(finder, None if n_neighbours is None else finder.neighbours(n_neighbours, self.each), counts)
+
+    def _in_reading_order(self, chosen: Int64 | None, label: Int32) -> Int64 | None:
+        """Rows by cluster where that costs nothing: neighbours are then looked up for many rows at once."""
+        if self.spread is not None or not isinstance(self.blocks, ArrayBlocks):
+            return chosen
+        if chosen is None:
+            return np.argsort(label, kind="stable")
+        return chosen[np.argsort(label[chosen], kind="stable")]
+
     def _relabel(
-        self, centroids: Float32, label: Int32, sums: Int64, counts: Int64, bound: np.uint64, n_neighbours: int | None
+        self, centroids: Float32, label: Int32, sums: _Sums, bound: np.uint64, n_neighbours: int | None
     ) -> int:
         """Give the rows with a hash up to `bound` their nearest centroids, move them between the sums, count them."""
-        find = _finder(centroids, n_neighbours, counts.copy())
-        n_parts, part_of = self._parts(bound, None if n_neighbours is None else label)
+        find = self._finder(centroids, n_neighbours, sums.counts.copy())
+        below = self.hashes <= bound
+        chosen = None if below.all() else np.flatnonzero(below)
+        if n_neighbours is not None:
+            chosen = self._in_reading_order(chosen, label)
 
-        def work(index: int) -> int:
-            rows, X = part_of(index)
-            old = label[rows]
-            new = find(X, old)
-            moved = np.flatnonzero(new != old)
-            label[rows] = new
-            if len(moved):
-                values = self._fixed(X[moved])
-                self._add(sums, counts, values, new[moved], 1)
-                settled = old[moved] >= 0
-                self._add(sums, counts, values[settled], old[moved][settled], -1)
-            return len(moved)
+        def take(places: slice, new: Int32) -> None:
+            label[places if chosen is None else chosen[places]] = new
 
-        return sum(self._each(work, range(n_parts)))
-
-    def _add(self, sums: Int64, counts: Int64, values: Int64, label: Int32, sign: int) -> None:
-        """Add rows of fixed-point values to their clusters' sums; integers, so order does not matter."""
-        if not len(label):
-            return
-        order = np.argsort(label, kind="stable")
-        starts = np.flatnonzero(np.diff(label[order], prepend=-1))
-        ends = np.append(starts[1:], len(label))
-        present = label[order[starts]]
-        part = np.empty((len(starts), self.dim), np.int64)
-        values = values[order]
-        for at, (lo, hi) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-            np.add.reduce(values[lo:hi], axis=0, out=part[at])
-        with self.lock:
-            sums[present] += sign * part
-            counts[present] += sign * (ends - starts)
+        n_moved = sums.n_moved
+        self._pass(_Relabel(find, self.bits), take, chosen=chosen, label=label, sums=sums)
+        return sums.n_moved - n_moved
 
     def _halves(self, centroids: Float32, counts: Int64, label: Int32, count: int, seed: int) -> Float32:
         """Up to `count` centroids that split the largest clusters: a bit nearer to a row of it than its own one."""
@@ -619,13 +872,16 @@ class _Fit:
         largest = largest[counts[largest] > 1]
         if not len(largest):
             return centroids[:0]
-        keys = hash_integers(self.hashes, seed)
-        members = [np.flatnonzero(label == cluster) for cluster in largest]
-        least = [rows[keys[rows] == keys[rows].min()] for rows in members]
-        positions, rank = np.concatenate(least), np.repeat(np.arange(len(least)), [len(rows) for rows in least])
-        ascending = np.argsort(positions)
-        rows = self._in_hash_order(positions[ascending], rank[ascending].astype(np.uint64))
-        rows = rows[np.searchsorted(rank, np.arange(len(least)))]
+        place = np.full(self.n_clusters + 1, -1, np.int32)  # the last: of rows that have no label yet, which is -1
+        place[largest] = np.arange(len(largest))
+        positions = np.flatnonzero(place[label] >= 0)
+        rank, keys = place[label[positions]], hash_integers(self.hashes[positions], seed)
+        least = np.full(len(largest), ~np.uint64(0))
+        np.minimum.at(least, rank, keys)
+        first = keys == least[rank]
+        positions, rank = positions[first], rank[first]
+        rows = self._in_hash_order(positions, rank.astype(np.uint64))
+        rows = rows[np.searchsorted(np.sort(rank), np.arange(len(largest)))]
         own = centroids[largest].astype(np.float64)
         return (own + (rows - own) / 8).astype(np.float32)
 
@@ -633,16 +889,20 @@ class _Fit:
         """Up to `count` distinct rows that are farthest from, and not just rounded to, their centroids."""
         square, vector = np.empty(self.n, np.float64), np.empty(self.n, np.uint64)
 
-        def work(index: int) -> None:
-            rows = self._rows_of(index)
-            X = self.blocks.block(index)[0]
-            square[rows] = pair_squared_distance(X, np.arange(len(X)), centroids, label[rows].astype(np.intp))
-            vector[rows] = hash_rows(X, _VECTOR)
+        def take(rows: slice, *found: npt.NDArray[Any]) -> None:
+            square[rows], vector[rows] = found
 
-        self._each(work)
-        order = np.lexsort((vector, self.hashes, -square))
-        order = order[square[order] > self.dim * 4.0**-self.bits]
-        _, first = np.unique(vector[order], return_index=True)
+        self._pass(_Measure(centroids), take, label=label)
+        tiny, n_looked_at = self.dim * 4.0**-self.bits, 2 * count
+        while True:
+            # all rows that are as far as the last one looked at, so that these come first in the order of all rows
+            least = np.partition(square, -n_looked_at)[-n_looked_at] if n_looked_at < self.n else 0.0
+            order = np.flatnonzero((square >= least) & (square > tiny))
+            order = order[np.lexsort((vector[order], self.hashes[order], -square[order]))]
+            _, first = np.unique(vector[order], return_index=True)
+            if len(first) >= count or n_looked_at >= self.n:
+                break
+            n_looked_at *= 4
         chosen = order[np.sort(first)[:count]]
         ascending = np.argsort(chosen)
         out = np.empty((len(chosen), self.dim), np.float32)
@@ -651,22 +911,17 @@ class _Fit:
 
     def _result(self, centroids: Float32, n_iter: int, label: Int32, n_neighbours: int | None) -> KMeansResult:
         """Assign every row to the final centroids, and sum up."""
-        find = _finder(centroids, n_neighbours, np.zeros(self.n_clusters, np.int64))
+        find = self._finder(centroids, n_neighbours, np.zeros(self.n_clusters, np.int64))
         norms = np.sqrt(rowwise_dot(centroids, centroids))
         norms[norms == 0] = 1
         square, cosine = np.empty(self.n, np.float64), np.empty(self.n, np.float64)
+        chosen = None if n_neighbours is None else self._in_reading_order(None, label)
 
-        def work(index: int) -> None:
-            rows = self._rows_of(index)
-            X = self.blocks.block(index)[0]
-            label[rows] = find(X, label[rows])
-            square[rows] = pair_squared_distance(X, np.arange(len(X)), centroids, label[rows].astype(np.intp))
-            # x.c from |x - c|^2 would cancel; x.x is 1 up to float32 rounding, so ask for the product itself.
-            for part in slices_of(len(X), 1024):
-                at = label[rows][part]
-                cosine[rows][part] = rowwise_dot(X[part], centroids[at]) / norms[at]
+        def take(places: slice, *found: npt.NDArray[Any]) -> None:
+            rows = places if chosen is None else chosen[places]
+            label[rows], square[rows], cosine[rows] = found
 
-        self._each(work)
+        self._pass(_Conclude(find, centroids, norms), take, chosen=chosen, label=label)
         return KMeansResult(
             centroids=centroids,
             counts=np.bincount(label, minlength=self.n_clusters),
@@ -737,8 +992,11 @@ def plus_plus(candidates: Float32, weight: Int64, count: int, seed: int) -> Floa
 
 def _order_free_sum(values: Float64) -> float:
     """Sum (n,) values in fixed point, relative to the largest: the same bits in any order."""
-    largest = float(np.abs(values).max(initial=0.0))
+    largest = max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))
     if largest == 0:
         return 0.0
     shift = 62 - len(values).bit_length() - int(np.frexp(largest)[1])
-    return float(np.ldexp(float(np.rint(np.ldexp(values, shift)).astype(np.int64).sum()), -shift))
+    total = 0
+    for some in slices_of(len(values), _STEP_VALUES):
+        total += int(np.rint(np.ldexp(values[some], shift)).astype(np.int64).sum())
+    return float(np.ldexp(float(total), -shift))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,15 @@ from untwin.storage.partitions import CENTROIDS, write_array
 from untwin.storage.rows import batch_rows
 from untwin.storage.sample import SampleBlocks, read_hashes
 
+_READERS = 16
+
 
 class FitStage(Stage):
-    """Fits k-means on the sample, in memory if it fits the budget, else reading it from the disk in every iteration."""
+    """Fits k-means on the sample.
+
+    In memory if it fits the budget; else reading it from the storage in every iteration, in this process, or in those
+    that the unit may be spread over.
+    """
 
     name = "fit"
     barrier = True
@@ -38,25 +47,29 @@ class FitStage(Stage):
         return [Task(0, sum(part.n_sampled for part in self._parts))]
 
     def memory(self, task: Task) -> int:
-        """The sample, numbers for each row and the centroids."""
-        plan = self._clustering.plan
-        return 4 * plan.dim * (task.n_rows + 10 * plan.n_clusters) + 56 * task.n_rows + (64 << 20)
+        """The sample, and what is needed without it."""
+        return 4 * self._clustering.plan.dim * task.n_rows + self.minimum_memory(task) + (32 << 20)
 
     def minimum_memory(self, task: Task) -> int:
-        """Centroids, and numbers for each sampled row."""
+        """Arrays of centroids or the candidates for these, and numbers for each sampled row (tests measure them)."""
         plan = self._clustering.plan
-        return 40 * plan.dim * plan.n_clusters + 56 * task.n_rows + (32 << 20)
+        vectors = 10 * plan.n_clusters
+        if isinstance(self._options["init"], str) and self._options["init"] == "k-means||":
+            factor = self._options["oversampling_factor"]
+            vectors = max(vectors, 2 * min(task.n_rows, int(5 * factor * plan.n_clusters)) + plan.n_clusters)
+        return 4 * plan.dim * vectors + 56 * task.n_rows + (32 << 20)
 
     def process(self, task: Task, context: Context) -> CentroidsTask:
         """Fit, and write the centroids."""
         job = self._clustering
-        with ThreadPoolExecutor(16) as readers:
-            hashes_and_lengths = list(
-                readers.map(lambda part: read_hashes(job.target, part.path, part.n_batches), self._parts)
-            )
-        hashes = np.concatenate([hashes for hashes, _ in hashes_and_lengths])
-        lengths = np.concatenate([lengths for _, lengths in hashes_and_lengths])
-        distinct = np.unique(hashes)
+        in_memory = self.memory(task) <= context.memory
+        spread = None if in_memory else context.spread
+        paths = [part.path for part in self._parts if part.n_sampled]
+        with ThreadPoolExecutor(_READERS) as readers:
+            batches = list((spread or readers.map)(partial(read_hashes, job.target), paths))
+        distinct = np.unique(
+            np.concatenate([np.empty(0, np.uint64), *(hashes for part in batches for _, hashes in part)])
+        )
         if not len(distinct):
             raise TooManyRejectedError(
                 "not one row of the sample can be judged: every embedding is null, empty, zero, not finite or of "
@@ -65,22 +78,28 @@ class FitStage(Stage):
                 else "not one row of the sample can be judged: every embedding is null, empty, zero or not finite; "
                 "check the embedding column"
             )
-        highest = int(distinct[min(len(distinct), job.plan.sample_rows) - 1])
-        chosen = hashes <= np.uint64(highest)
-        values, counts = np.unique(lengths[chosen], return_counts=True)
-        dim = job.dim or int(values[len(counts) - 1 - np.argmax(counts[::-1])])
-        n_sampled = int((chosen & (lengths == dim)).sum())
+        highest = distinct[min(len(distinct), job.plan.sample_rows) - 1]
+        del distinct
+        counts = [
+            [(dim, int(np.searchsorted(hashes, highest, side="right"))) for dim, hashes in part] for part in batches
+        ]
+        del batches
+        by_length: Counter[int] = Counter()
+        for dim, count in itertools.chain.from_iterable(counts):
+            by_length[dim] += count
+        dim = job.dim or max(by_length, key=lambda length: (by_length[length], length))
+        n_rows = [[count if length == dim else 0 for length, count in part] for part in counts]
+        on_disk = SampleBlocks(job.target, paths, n_rows, dim, batch_rows(dim))
+        n_sampled = on_disk.n_rows
         if n_sampled < job.plan.n_clusters:
             raise ParameterError(
                 f"n_clusters is {job.plan.n_clusters}, but only {n_sampled} of the rows to fit on can be judged; "
                 "lower n_clusters"
             )
-        del hashes, lengths, distinct, chosen, hashes_and_lengths
-        parts = [(part.path, part.n_batches) for part in self._parts if part.n_batches]
-        on_disk = SampleBlocks(job.target, parts, dim, highest, n_sampled)
-        in_memory = self.memory(task) <= context.memory
-        blocks = _loaded(on_disk, n_sampled) if in_memory else on_disk
-        result = fit(blocks, job.plan.n_clusters, seed=job.seed, executor_map=context.map, **self._options)
+        blocks = _loaded(on_disk) if in_memory else on_disk
+        result = fit(
+            blocks, job.plan.n_clusters, seed=job.seed, executor_map=context.map, spread=spread, **self._options
+        )
         path = join(job.output_path, CENTROIDS)
         write_array(job.target, path, result.centroids)
         weights = (result.counts * (job.plan.vector_bytes / max(1, n_sampled))).astype(np.int64)
@@ -99,13 +118,15 @@ class FitStage(Stage):
         )
 
 
-def _loaded(blocks: SampleBlocks, n_rows: int) -> ArrayBlocks:
-    vectors = np.empty((n_rows, blocks.dim), np.float32)
-    hashes = np.empty(n_rows, np.uint64)
-    filled = 0
-    for index in range(len(blocks)):
-        block, block_hashes = blocks.block(index)
-        vectors[filled : filled + len(block)] = block
-        hashes[filled : filled + len(block)] = block_hashes
-        filled += len(block)
+def _loaded(blocks: SampleBlocks) -> ArrayBlocks:
+    vectors = np.empty((blocks.n_rows, blocks.dim), np.float32)
+    hashes = np.empty(blocks.n_rows, np.uint64)
+    ends = np.cumsum([0] + [blocks.count(index) for index in range(len(blocks))])
+
+    def read(index: int) -> None:
+        rows = slice(ends[index], ends[index + 1])
+        blocks.read(index, 0, vectors[rows], hashes[rows])
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        list(readers.map(read, range(len(blocks))))
     return ArrayBlocks(vectors, hashes, batch_rows(blocks.dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from untwin.core import blocks, normalize
+from untwin.core import normalize
 from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.stages.clustering import SAMPLE_SEED, Clustering
 from untwin.stages.ids import hash_ids
@@ -19,7 +20,7 @@ from untwin.storage.columns import Reason, decode_vectors, list_lengths
 from untwin.storage.files import Storage
 from untwin.storage.memory import space
 from untwin.storage.rows import read_rows
-from untwin.storage.sample import sample_batch, write_sample
+from untwin.storage.sample import sample_batches, write_sample
 
 _SIDE_BYTES = 128
 """What travels with a vector, as far as can be known before it is read."""
@@ -68,17 +69,19 @@ class SampleStage(Stage):
         return min(1.0, wanted / plan.n_rows)
 
     def process(self, task: InputTask, context: Context) -> SampleTask:
-        """Write the unit's part of the sample."""
+        """Write the unit's part of the sample, the smallest hashes first."""
         job = self._clustering
         bound = np.uint64(min(2**64 - 1, int(self._share() * 2.0**64)))
-        size = job.batch_rows(job.plan.dim)
         held = self._held(task)
-        batches: list[pa.RecordBatch] = []
+        picked: dict[int, list[tuple[NDArray[np.uint64], NDArray[np.float32]]]] = {}
         for hashes, vectors in self._picked(held, bound) if held is not None else self._read(task, bound):
-            batches += [sample_batch(hashes[some], vectors[some]) for some in blocks(len(hashes), size)]
+            if len(hashes):
+                picked.setdefault(vectors.shape[1], []).append((hashes, vectors))
         path = job.work_file("sample", f"part-{task.unit:06d}.arrow")
-        write_sample(job.target, path, batches)
-        return SampleTask(task.unit, task.n_rows, path, len(batches), sum(batch.num_rows for batch in batches))
+        sorted_batches = (sample_batches(pieces, job.batch_rows(dim)) for dim, pieces in picked.items())
+        write_sample(job.target, path, itertools.chain.from_iterable(sorted_batches))
+        n_sampled = sum(len(hashes) for pieces in picked.values() for hashes, _ in pieces)
+        return SampleTask(task.unit, task.n_rows, path, n_sampled)
 
     def _held(self, task: InputTask) -> JudgedUnit | None:
         """The rows of a unit, held for the assignment that wants them next; None without room for them."""

@@ -21,7 +21,6 @@ class SampleTask(Task):
     """A part of the row sample on disk."""
 
     path: str
-    n_batches: int
     n_sampled: int
 
 

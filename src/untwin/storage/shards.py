@@ -8,7 +8,7 @@ all its slices are: each costs one ranged read, and those without rows cost noth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -231,16 +231,3 @@ def _starts_path(path: str) -> str:
 def _batch(path: str, part: pa.Buffer) -> pa.RecordBatch:
     with naming_file(path), pa.ipc.open_stream(part) as reader:
         return reader.read_next_batch()
-
-
-def read_batch(storage: Storage, path: str, number: int) -> pa.RecordBatch:
-    """One record batch of an Arrow file."""
-    with naming_file(path), storage.open(path) as source, pa.ipc.open_file(source) as reader:
-        return reader.get_batch(number)
-
-
-def write_batches(storage: Storage, path: str, schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> None:
-    """Write record batches that can be read one by one."""
-    with storage.writing(path) as sink, pa.ipc.new_file(sink, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
