@@ -1,9 +1,11 @@
 """Xenna does what every backend has to, and runs the tutorial of NeMo Curator."""
 
+import contextlib
 import importlib.util
 import os
 import signal
 import sys
+import time
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +16,7 @@ from test_ray_conformance import ray_of_this_process  # noqa: F401 - fixture
 from inputs import table_of, write_split
 from untwin import deduplicate
 from untwin.backends import make_executor
-from untwin.errors import MissingExtraError
+from untwin.errors import MissingExtraError, ParameterError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cosmos_xenna") is None, reason="cosmos-xenna is not installed; it is built for Linux only"
@@ -43,14 +45,31 @@ pipe.run(XennaExecutor())                                # pipe.run() = the loca
 """
 
 
+def workers_of_xenna():
+    """Processes below this one that Xenna has started."""
+    psutil = pytest.importorskip("psutil")
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any("StageWorker" in part for part in process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
 class Chosen:
     options: ClassVar = {"backend": "xenna", "workers": 2}
     executor = staticmethod(lambda: make_executor("xenna", 2))
 
 
 class TestXennaInShort(Chosen):
-    test_a_users_mistake_arrives_as_it_is = Conformance.test_a_users_mistake_arrives_as_it_is
     test_too_little_memory = Conformance.test_too_little_memory
+
+    def test_a_users_mistake_arrives_as_it_is_and_leaves_no_workers(self, tmp_path):
+        Conformance.test_a_users_mistake_arrives_as_it_is(self, tmp_path)
+        end = time.monotonic() + 60
+        while workers_of_xenna():
+            assert time.monotonic() < end
+            time.sleep(0.2)
 
 
 @pytest.mark.slow
@@ -83,12 +102,9 @@ class Killer(Counted):
     def advance(self, n_rows):
         super().advance(n_rows)
         if self.name == "assign" and not self.killed and self.rows[self.name] >= 900:
-            import psutil
-
-            for process in psutil.Process().children(recursive=True):
-                if "StageWorker" in process.name() + " ".join(process.cmdline()):
-                    os.kill(process.pid, signal.SIGKILL)
-                    self.killed += 1
+            for process in workers_of_xenna():
+                os.kill(process, signal.SIGKILL)
+                self.killed += 1
 
 
 def test_a_run_that_loses_workers_has_the_same_answer(source, expected, tmp_path):  # noqa: F811
@@ -107,6 +123,11 @@ def test_a_run_that_was_interrupted_on_the_local_backend_is_finished(source, exp
     assert Answer(tmp_path / "out") == expected("plain")[1]
     assert "remove" in progress.rows
     assert not {"sample", "fit"} & progress.rows.keys()
+
+
+def test_an_address_that_xenna_cannot_use_is_refused():
+    with pytest.raises(ParameterError, match=r"'ray://here:10001'.*'auto'"):
+        make_executor("xenna", ray_address="ray://here:10001")
 
 
 @pytest.mark.parametrize("missing", ["cosmos_xenna.pipelines", "ray"])

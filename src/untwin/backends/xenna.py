@@ -16,7 +16,7 @@ from typing import Any
 
 from untwin.backends.base import Crew, Progress
 from untwin.backends.chain import Chain
-from untwin.errors import MissingExtraError, ResourceError
+from untwin.errors import MissingExtraError, ParameterError, ResourceError
 from untwin.stages.base import Stage, Task
 
 os.environ.setdefault("PYTHON_LOG", "error")  # Xenna's log is about its actors, and is set up when it is imported
@@ -44,22 +44,44 @@ class XennaExecutor(RayExecutor):
     spread over several nodes; nodes that join get work from the next chain on.
 
     Args:
-        address: Of a running Ray cluster, as for `RayExecutor`.
+        address: Of a running Ray cluster, as for `RayExecutor`, but not through its client server (`ray://…`).
         workers: Most units at a time; default: the CPUs of the cluster.
         memory: Budget in bytes for the data in work on each node; default: half of what the smallest node has.
 
     Raises:
         MissingExtraError: cosmos-xenna or Ray is not installed, or too old.
+        ParameterError: An address of a client server.
         ResourceError: The cluster cannot be reached.
     """
 
     name = "xenna"
 
+    def __init__(self, address: str | None = None, workers: int | None = None, memory: int | None = None) -> None:
+        address = address or os.environ.get("RAY_ADDRESS") or None
+        if address is not None and address.startswith("ray://"):
+            raise ParameterError(
+                f"ray_address is {address!r}, but Xenna cannot work through Ray's client server; start the job on a "
+                "machine of the cluster with the address 'auto', or take the backend 'ray'"
+            )
+        super().__init__(address, workers, memory)
+
     @contextmanager
     def at_work(self, stages: Sequence[Stage]) -> Iterator[Crew]:
         """The workers of the cluster, once it is known that they see the storage."""
+        _check_nodes()
         self._check_storage(stages)
         yield _Pipelines(self.memory, self._workers, self.units_by_node)
+
+
+def _check_nodes() -> None:
+    """Raise ResourceError if there is a node without CPUs: Xenna asks every node what it has, by a task with one."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    for node in nodes:
+        if node["Alive"] and node["Resources"].get("CPU", 0) < 1:
+            raise ResourceError(
+                f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) of the Ray cluster has no CPUs, "
+                "which Xenna cannot do with; start it with --num-cpus=1 or more, or take the backend 'ray'"
+            )
 
 
 class _Pipelines(Crew):
