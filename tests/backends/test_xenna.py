@@ -16,7 +16,8 @@ from test_ray_conformance import ray_of_this_process  # noqa: F401 - fixture
 from inputs import table_of, write_split
 from untwin import deduplicate
 from untwin.backends import make_executor
-from untwin.errors import MissingExtraError, ParameterError
+from untwin.errors import MissingExtraError, ParameterError, ResourceError
+from untwin.stages.base import Stage, Task
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cosmos_xenna") is None, reason="cosmos-xenna is not installed; it is built for Linux only"
@@ -56,6 +57,13 @@ def workers_of_xenna():
     return found
 
 
+def assert_no_workers_are_left():
+    end = time.monotonic() + 60
+    while workers_of_xenna():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
 class Chosen:
     options: ClassVar = {"backend": "xenna", "workers": 2}
     executor = staticmethod(lambda: make_executor("xenna", 2))
@@ -66,10 +74,7 @@ class TestXennaInShort(Chosen):
 
     def test_a_users_mistake_arrives_as_it_is_and_leaves_no_workers(self, tmp_path):
         Conformance.test_a_users_mistake_arrives_as_it_is(self, tmp_path)
-        end = time.monotonic() + 60
-        while workers_of_xenna():
-            assert time.monotonic() < end
-            time.sleep(0.2)
+        assert_no_workers_are_left()
 
 
 @pytest.mark.slow
@@ -123,6 +128,30 @@ def test_a_run_that_was_interrupted_on_the_local_backend_is_finished(source, exp
     assert Answer(tmp_path / "out") == expected("plain")[1]
     assert "remove" in progress.rows
     assert not {"sample", "fit"} & progress.rows.keys()
+
+
+class Deadly(Stage):
+    """A stage of which the second unit ends its process."""
+
+    name = "deadly"
+
+    def units(self, upstream):
+        return [Task(unit, 1) for unit in range(3)]
+
+    def process(self, task, context):
+        if task.unit == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return task
+
+
+@pytest.mark.slow
+def test_a_unit_that_kills_each_of_its_workers_ends_in_an_error():
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.raises(ResourceError, match=r"stage deadly: the last of 6 pipelines of Xenna failed"):
+        Chosen.executor().execute([Deadly()])
+    assert_no_workers_are_left()
 
 
 def test_an_address_that_xenna_cannot_use_is_refused():

@@ -29,10 +29,8 @@ except ImportError as error:
         "the Xenna backend needs packages that are not installed: pip install 'untwin[xenna]'"
     ) from error
 
-from untwin.backends.ray import RayExecutor, _first_line, _nodes, _result, _work
+from untwin.backends.ray import _TRIES, RayExecutor, _first_line, _nodes, _result, _work
 
-_TRIES = 3
-"""Pipelines that are begun for the same units; a lost worker can cost one."""
 _log = logging.getLogger("untwin")
 _ray_log = logging.getLogger("ray._private")
 
@@ -100,19 +98,23 @@ class _Pipelines(Crew):
 
     def _run(self, results: _Results, stage: _Units, n_cpus: int) -> None:
         lost: Exception | None = None
-        for _ in range(_TRIES):
+        for number in range(_TRIES):
             if not results.left:
                 return
-            if lost:
-                _log.warning("%s: workers were lost (%s); what they were at is done again", results.name, lost)
+            if number:
+                _log.warning("%s: workers were lost (%s); what they were at is done again", results.name, _told(lost))
             nodes = _nodes()
             slots = nodes.cpus if n_cpus == 1 else nodes.count
             if self._workers is not None:
                 slots = max(1, min(slots, self._workers // n_cpus))
             lost = _run_pipeline(stage, results, min(slots, len(results.left)))
         if results.left:
-            what = f"{results.name}, unit {min(results.left)} (begun {_TRIES} times)"
-            raise ResourceError(f"{what}: failed on Xenna: {_first_line(lost or ResourceError('lost'))}") from lost
+            what = f"{results.name}: the last of {_TRIES} pipelines of Xenna failed with units left"
+            raise ResourceError(f"{what} ({len(results.left)}; {_told(lost)})") from lost
+
+
+def _told(lost: Exception | None) -> str:
+    return f"{type(lost).__name__}: {_first_line(lost)}" if lost else "it has given them up"
 
 
 class _Results:
