@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ class XennaExecutor(RayExecutor):
     """
 
     name = "xenna"
+    n_lost = 1
+    """Xenna 0.5 does not tell of workers that it lost; each may have left a file half written."""
 
     def __init__(self, address: str | None = None, workers: int | None = None, memory: int | None = None) -> None:
         address = address or os.environ.get("RAY_ADDRESS") or None
@@ -198,6 +201,11 @@ class _Monitor:
         return False
 
 
+def _end_with_main_thread() -> None:
+    threading.main_thread().join()
+    os._exit(0)
+
+
 class _Units(v1.Stage):  # type: ignore[misc]
     """A chain, as Xenna sees it.
 
@@ -213,6 +221,11 @@ class _Units(v1.Stage):  # type: ignore[misc]
 
     def __deepcopy__(self, _: dict[int, Any]) -> _Units:
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in a worker. In Xenna 0.3 it has threads that would keep its process alive for ever."""
+        self.__dict__.update(state)
+        threading.Thread(target=_end_with_main_thread, daemon=True).start()
 
     @property
     def required_resources(self) -> Any:
