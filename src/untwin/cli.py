@@ -132,7 +132,7 @@ _shared = [
     click.option(
         "--ray-address",
         metavar="ADDRESS",
-        help="auto, HOST:PORT or ray://HOST:PORT of a running cluster. [default: RAY_ADDRESS, else one is started]",
+        help="auto, HOST:PORT or ray://HOST:PORT of a cluster, or local to start one. [default: RAY_ADDRESS, or local]",
     ),
     click.option(
         "--storage-options",
@@ -391,10 +391,12 @@ def _storage_options(text: str | None) -> dict[str, Any]:
 
 
 class _progress:  # noqa: N801 - used as a context manager
-    """A progress bar for each stage, on a terminal."""
+    """A progress bar for each stage, on a terminal; what others print in the meantime goes to stderr, too."""
 
     def __enter__(self) -> Progress | None:
         self._bar: Any = None
+        self._redirected = contextlib.redirect_stdout(sys.stderr)  # Ray tells of lost nodes on stdout
+        self._redirected.__enter__()
         if not sys.stderr.isatty():
             return None
         from rich.console import Console
@@ -405,6 +407,7 @@ class _progress:  # noqa: N801 - used as a context manager
             TextColumn("{task.description:<20}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[units]} units"),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -417,6 +420,7 @@ class _progress:  # noqa: N801 - used as a context manager
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        self._redirected.__exit__(None, None, None)
 
 
 class _Bars:
@@ -427,13 +431,13 @@ class _Bars:
         self._task: Any = None
 
     def start(self, name: str, n_rows: int) -> None:
-        self._task = self._bars.add_task(name, total=max(1, n_rows), rate="")
+        self._task = self._bars.add_task(name, total=max(1, n_rows), units=0, rate="")
 
     def advance(self, n_rows: int) -> None:
         self._bars.advance(self._task, n_rows)
         task = next(task for task in self._bars.tasks if task.id == self._task)
-        if task.elapsed:
-            self._bars.update(self._task, rate=f"{task.completed / task.elapsed:,.0f} rows/s")
+        rate = f"{task.completed / task.elapsed:,.0f} rows/s" if task.elapsed else ""
+        self._bars.update(self._task, units=task.fields["units"] + 1, rate=rate)
 
     def finish(self) -> None:
         task = next(task for task in self._bars.tasks if task.id == self._task)

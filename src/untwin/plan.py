@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from untwin.errors import ParameterError
 
 _MIN_UNIT_BYTES = 32 << 20
-_MAX_UNIT_BYTES = 256 << 20
+_MAX_UNIT_BYTES = 1 << 30
 _SLICE_BYTES = 256 << 10
 _ROWS_PER_CENTROID = 256
 _MIN_SAMPLE_ROWS = 20_000

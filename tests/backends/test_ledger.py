@@ -17,9 +17,7 @@ def tasks(root):
     pairs = tuple((2**64 - 1, ExamplePair(name, name * 2, 0.1)) for name in names)
     return (
         Task(0, 3),
-        ShardsTask(
-            1, 5, ((f"{root}/kmeans/a", 0, 3),), (f"{root}/b",), {7: 3, 12: 2}, {"a reason": 1}, 0.1 + 0.2, 1e-300
-        ),
+        ShardsTask(1, 5, (f"{root}/kmeans/a",), (f"{root}/b",), f"{root}/n", 4, {"a reason": 1}, 0.1 + 0.2, 1e-300),
         CentroidsTask(0, 1, f"{root}/c", 8, (0, 4), 9, "digest", 3, 2, 1.5, 1 / 3),
         ClustersTask(2, 4, 8, (Cluster(3, 4, (f"{root}/kmeans/centroid=3/part-0.parquet",)),), rejected_path=""),
         PairsTask(2, 4, f"{root}/pairwise", ((3, 4),), "", (1, 2), (pairs, ())),

@@ -1,5 +1,7 @@
 """`match_ranked` against brute force in float64."""
 
+import threading
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,9 +13,11 @@ from hypothesis import strategies as st
 from untwin.core import similarity
 from untwin.core.similarity import (
     EPS_GRID,
+    Between,
     Matches,
     RankedArray,
     is_duplicate,
+    match_block,
     match_ranked,
     score_counts,
     threshold,
@@ -88,6 +92,27 @@ class OnDisk:
         return self._X[lo:hi].copy()
 
 
+class Elsewhere:
+    """Compares blocks in this process, from rows that it was given; notes which."""
+
+    def __init__(self, eps, tile_rows):
+        self.eps, self.tile_rows = eps, tile_rows
+        self.blocks, self.between = [], []
+
+    def __call__(self, rows):
+        self.X = rows.take(0, rows.n).copy()
+        return self.compare
+
+    def compare(self, blocks):
+        for block in blocks:
+            (self.between if isinstance(block, Between) else self.blocks).append(block)
+            tiles = (
+                self.X[at : min(at + self.tile_rows, block.stop)]
+                for at in range(block.start, block.stop, self.tile_rows)
+            )
+            yield match_block(block, RankedArray(self.X), tiles, self.eps)
+
+
 @pytest.mark.parametrize("batch_size", range(1, 7))
 def test_worked_example(batch_size):
     rows = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [1, 2, 3], [1, 2, 3]]
@@ -137,6 +162,88 @@ def test_equals_brute_force_across_squares_and_stores(n, dim, spread, compare_to
             assert_same(match_ranked(RankedArray(X), eps=eps, compare_to=compare_to, batch_size=batch_size), want)
 
 
+@pytest.mark.parametrize("compare_to", ["kept", "ranked"])
+@pytest.mark.parametrize("store", [RankedArray, OnDisk])
+def test_blocks_that_are_compared_elsewhere_change_nothing(monkeypatch, store, compare_to):
+    for name, size in (("_BLOCK_ROWS", 30), ("_BLOCK_COLUMNS", 20), ("_BLOCKS", 5)):
+        monkeypatch.setattr(similarity, name, size)
+    monkeypatch.setattr(similarity, "_TILE_COLUMNS", 17)
+    monkeypatch.setattr(similarity, "_SLICE_ROWS", 16)
+    monkeypatch.setattr(similarity, "_STRIP_ROWS", 33)
+    between = 0
+    with ThreadPoolExecutor(2) as pool:
+        for n, dim, spread in ((1, 3, 0.1), (50, 2, 1.0), (51, 7, 0.1), (150, 24, 1e-6), (231, 12, 0.1)):
+            X = clustered(np.random.default_rng(n), n, dim, spread=spread)
+            for eps in (None, 0.001, 0.05):
+                want = brute_force(X, eps, compare_to)
+                for batch_size, tile_rows, run in ((1, 40, None), (50, 7, None), (77, 1000, pool.map), (500, 9, None)):
+                    elsewhere = Elsewhere(eps, tile_rows)
+                    got = match_ranked(
+                        store(X),
+                        eps=eps,
+                        compare_to=compare_to,
+                        batch_size=batch_size,
+                        executor_map=run,
+                        elsewhere=elsewhere,
+                    )
+                    assert_same(got, want)
+                    assert bool(elsewhere.blocks) == (len(elsewhere.X) > batch_size)
+                    between += len(elsewhere.between)
+    assert (between > 50) == (compare_to == "kept")
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 4), (4, 4), (5, 4), (8, 4), (9, 4), (61, 7), (100, 30)])
+def test_each_pair_is_compared_once_be_it_here_or_elsewhere(monkeypatch, n, batch_size):
+    for name, size in (("_BLOCK_ROWS", 9), ("_BLOCK_COLUMNS", 6), ("_BLOCKS", 4), ("_STRIP_ROWS", 5), ("_FINE", 3)):
+        monkeypatch.setattr(similarity, name, size)
+    compared = np.zeros((n, n), np.int64)
+    original = similarity._Strip.note
+
+    def noted(self, products, first, around, stays):
+        if elsewhere.X is not self.rows.X.base:  # those of blocks are counted as blocks
+            compared[np.ix_(self.rows.position, np.arange(first, first + products.shape[1]))] += 1
+        original(self, products, first, around, stays)
+
+    monkeypatch.setattr(similarity._Strip, "note", noted)
+    X, _ = normalize(np.random.default_rng(n).standard_normal((n, 6)))
+    elsewhere = Elsewhere(0.1, 3)
+    match_ranked(RankedArray(X), eps=0.1, batch_size=batch_size, elsewhere=elsewhere)
+    for block in elsewhere.blocks:
+        assert block.high - block.low <= 9
+        compared[block.low : block.high, block.start : block.stop] += 1
+    assert (compared[np.tril_indices(n, -1)] == 1).all()
+
+
+@pytest.mark.parametrize("fails", ["elsewhere", "here"])
+def test_after_a_failure_the_rest_is_not_waited_for(monkeypatch, fails):
+    X, _ = normalize(np.random.default_rng(1).standard_normal((90, 6)))
+    monkeypatch.setattr(similarity, "_BLOCK_ROWS", 1)
+    monkeypatch.setattr(similarity, "_FINE", 1)
+    elsewhere, asked, given, judging = Elsewhere(0.1, 30), [], [], threading.Event()
+
+    def compare(blocks):
+        asked.extend(blocks)
+        for found in elsewhere.compare(blocks):
+            given.append(found)
+            yield found
+            if fails == "elsewhere":
+                raise OSError("a worker is gone")
+            if len(given) > 30:
+                judging.wait(60)
+                time.sleep(0.05)
+
+    def judge(self, part):
+        if given and fails == "here":
+            judging.set()
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(similarity._Resolver, "_judge", judge)
+    with pytest.raises(OSError, match="gone" if fails == "elsewhere" else "full"):
+        match_ranked(RankedArray(X), eps=0.1, batch_size=30, elsewhere=lambda rows: elsewhere(rows) and compare)
+    assert len(asked) == 60
+    assert len(given) == 1 if fails == "elsewhere" else 30 <= len(given) < 60
+
+
 def test_small_matrix_tiles_change_nothing(monkeypatch):
     X = clustered(np.random.default_rng(5), 300, 12)
     want = brute_force(X, 0.05, "kept")
@@ -154,21 +261,23 @@ def test_products_with_the_largest_allowed_error_change_nothing(monkeypatch):
     X = clustered(rng, 200, 64, spread=0.02)
     margin = product_error(64) - 3 * 2.0**-24
     monkeypatch.setattr(similarity, "_TILE_COLUMNS", 50)
-    original, notes = similarity._Resolver._note, []
+    original, notes = similarity._Strip.note, []
 
-    def disturbed(self, strip, products, first, around, **options):
-        left, right = strip.rows.X, self.held.X[first : first + products.shape[1]]
+    def disturbed(self, products, first, around, stays):
+        left, right = self.rows.X, around.rows.X[first - around.start :][: products.shape[1]]
         exact = rowwise_dot(np.repeat(left, len(right), axis=0), np.tile(right, (len(left), 1)))
         wrong = exact.reshape(products.shape) + margin * rng.choice([-1, 1], products.shape)
         notes.append(products.size)
-        original(self, strip, np.where(products < -3, products, wrong).astype(np.float32), first, around, **options)
+        original(self, np.where(products < -3, products, wrong).astype(np.float32), first, around, stays)
 
-    monkeypatch.setattr(similarity._Resolver, "_note", disturbed)
+    monkeypatch.setattr(similarity._Strip, "note", disturbed)
     for compare_to in ("kept", "ranked"):
         for eps in (0.001, 0.01, 0.1):
-            got = match_ranked(RankedArray(X), eps=eps, compare_to=compare_to, batch_size=70)
-            assert_same(got, brute_force(X, eps, compare_to))
-    assert sum(notes) > 6 * len(np.unique(X, axis=0)) ** 2 / 2
+            want = brute_force(X, eps, compare_to)
+            for elsewhere in (None, Elsewhere(eps, 60)):
+                got = match_ranked(RankedArray(X), eps=eps, compare_to=compare_to, batch_size=70, elsewhere=elsewhere)
+                assert_same(got, want)
+    assert sum(notes) > 12 * len(np.unique(X, axis=0)) ** 2 / 2
 
 
 @given(
@@ -201,10 +310,13 @@ def test_a_copy_of_a_removed_row_finds_the_kept_row_between_them():
 
     # 12 is removed for 0; 22 is kept (too far from 0) and closer to 12 than 0 is.
     X, _ = normalize(np.array([at(0), at(12), at(22), at(12), at(12)]))
-    got = match_ranked(RankedArray(X), eps=float(1 - np.cos(np.radians(15))), compare_to="kept")
-    assert got.duplicate.tolist() == [False, True, False, True, True]
-    assert got.kept_match.tolist() == [-1, 0, -1, 2, 2]
-    assert got.match.tolist() == [0, 0, 1, 1, 1]
+    eps = float(1 - np.cos(np.radians(15)))
+    for elsewhere in (None, Elsewhere(eps, 2)):
+        got = match_ranked(RankedArray(X), eps=eps, compare_to="kept", elsewhere=elsewhere)
+        assert got.duplicate.tolist() == [False, True, False, True, True]
+        assert got.kept_match.tolist() == [-1, 0, -1, 2, 2]
+        assert got.match.tolist() == [0, 0, 1, 1, 1]
+    assert len(elsewhere.between) == 1
 
 
 def test_a_hundred_thousand_identical_rows_take_no_time():

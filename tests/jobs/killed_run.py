@@ -66,22 +66,26 @@ def kill_at_marker(chain, number):
     Ledger.record = counted
 
 
+def chain_of(stages):
+    return ".".join(stage.name.replace(" ", "-") for stage in stages)
+
+
 def fill_the_disk(chain):
     """Every file that units of a chain write goes to the device that is always full."""
-    process, open_file = local._Chain._process, pa.OSFile
+    do_unit, open_file = local.do_unit, pa.OSFile
     at_work = threading.local()
 
-    def marked(self, unit, context):
-        at_work.full = self.name == chain
+    def marked(stages, *given, **options):
+        at_work.full = chain_of(stages) == chain
         try:
-            return process(self, unit, context)
+            return do_unit(stages, *given, **options)
         finally:
             at_work.full = False
 
     def opened(path, mode):
         return open_file("/dev/full" if mode == "wb" and getattr(at_work, "full", False) else path, mode)
 
-    local._Chain._process, pa.OSFile = marked, opened
+    local.do_unit, pa.OSFile = marked, opened
 
 
 def get_stuck(stage, busy):
@@ -96,14 +100,14 @@ def get_stuck(stage, busy):
 
 
 def log_units(path):
-    process = local._Chain._process
+    do_unit = local.do_unit
 
-    def logged(self, unit, context):
+    def logged(stages, unit, *given, **options):
         with Path(path).open("a") as sink:
-            sink.write(f"{self.name} {unit.unit}\n")
-        return process(self, unit, context)
+            sink.write(f"{chain_of(stages)} {unit.unit}\n")
+        return do_unit(stages, unit, *given, **options)
 
-    local._Chain._process = logged
+    local.do_unit = logged
 
 
 def main():

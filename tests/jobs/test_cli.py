@@ -741,7 +741,7 @@ def test_progress_bars_on_a_terminal_only(source, out):
         printed = running.stdout.read()
     assert running.returncode == 0
     assert json.loads(printed)["rows"]["input"] == 12
-    for text in (b"assign", b"remove", b"rows/s", b"left", b"100%"):
+    for text in (b"assign", b"remove", b"units", b"rows/s", b"left", b"100%"):
         assert text in shown
 
 

@@ -2,9 +2,11 @@
 
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,9 @@ import pytest
 import untwin
 from untwin import IdentifyDuplicatesStage, KMeansStage, PairwiseStage, Pipeline, RemoveDuplicatesStage
 from untwin.errors import InputNotFoundError, OutputExistsError, OutputInUseError, ParameterError, UntwinError
+from untwin.stages import pairwise
+from untwin.stages.base import Context, Upstream
+from untwin.stages.ranking import RankingStrategy
 from untwin.storage.files import Storage
 
 EPS = 0.02
@@ -421,3 +426,40 @@ def test_an_audit_gives_the_local_numbers_and_leaves_nothing_behind(bucket, sour
     assert {name for name in after if after[name] != before.get(name)} == {"run.json"}
     assert set(after) == set(before)
     assert_no_canary(after)
+
+
+def test_workers_compare_a_giant_cluster_that_lies_on_s3(tmp_path, bucket, monkeypatch):
+    """They read its vectors by ranges from the output folder, where nothing of them is left."""
+    monkeypatch.setattr(pairwise, "_SPREAD_WORK", 0)
+    monkeypatch.setattr(pairwise, "_SPREAD_ROWS", (512, 512))
+    X = np.random.default_rng(0).standard_normal((2000, 16))
+    X[1::2] = X[::2] + 0.03 * np.random.default_rng(1).standard_normal((1000, 16))
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(X.astype(np.float32).reshape(-1)), 16)
+    (tmp_path / "centroid=0").mkdir()
+    table = pa.table({"id": [f"row-{at:04d}" for at in range(2000)], "embedding": lists, "place": np.arange(2000)})
+    pq.write_table(table, tmp_path / "centroid=0/part-0.parquet")
+    bucket.upload(tmp_path, "kmeans")
+    seen = []
+
+    def compare(output, spread):
+        kwargs = {"storage_options": bucket.options}
+        ranking = RankingStrategy.metadata_based(["place"])
+        stage = PairwiseStage(
+            *("id", "embedding", bucket.url("kmeans"), bucket.url(output), ranking),
+            **{"read_kwargs": kwargs, "write_kwargs": kwargs, "eps": EPS, "compare_to": "kept"},
+        )
+        (unit,) = stage.units(Upstream())
+        stage.process(unit, Context(64 << 20, 1, map, spread))
+        return bucket.contents(f"{output}/")
+
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+        def spread(function, items):
+            seen.extend(bucket.contents("spread/_work/").values())
+            return pool.map(function, items)
+
+        got, want = compare("spread", spread), compare("alone", None)
+    assert list(got) == list(want) == ["cluster_0.parquet"]
+    assert data_of(got)["cluster_0.parquet"].equals(data_of(want)["cluster_0.parquet"])
+    assert data_of(got)["cluster_0.parquet"]["kept_id"].null_count < 1100
+    assert len(seen) == 3 and {len(content) for content in seen} == {X.size * 4}

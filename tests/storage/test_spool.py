@@ -1,10 +1,14 @@
 """Vectors on the disk behave as they do in memory."""
 
+import pickle
+
 import numpy as np
 import pytest
 
 from untwin.core import RankedArray, match_ranked, normalize
-from untwin.storage.spool import RankedFile, VectorFile, scratch_folder
+from untwin.storage import spool
+from untwin.storage.files import Storage
+from untwin.storage.spool import RankedFile, SharedFile, VectorFile, scratch_folder
 
 
 @pytest.fixture
@@ -78,3 +82,26 @@ def test_nothing_is_left_on_the_disk(tmp_path, rows):
         pass
     assert list((tmp_path / "_work").iterdir()) == []
     assert scratch_folder("s3://bucket/_work", remote=True) is None
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_shared_file_gives_any_rows_by_reading_no_others(tmp_path, monkeypatch, rows, remote):
+    monkeypatch.setattr(spool, "_PIECE_BYTES", 7 * 20)
+    path = "memory://test-spool/rows" if remote else str(tmp_path / "folder/rows")
+    file = pickle.loads(pickle.dumps(SharedFile(Storage(), path, 101, 5)))
+    file.write(rows[low : low + 17] for low in range(0, 101, 17))
+    assert Storage().stat(path).size == rows.nbytes
+    read_range, read = Storage.read_range, []
+
+    def noted(self, path, start, length):
+        read.append((start, length))
+        return read_range(self, path, start, length)
+
+    monkeypatch.setattr(Storage, "read_range", noted)
+    for low, high in ((0, 101), (3, 40), (100, 101), (94, 101), (0, 1), (5, 5)):
+        read.clear()
+        got = file.take(low, high)
+        np.testing.assert_array_equal(got, rows[low:high])
+        assert got.dtype == np.float32 and got.flags.c_contiguous
+        assert sorted(read) == [(at * 20, (min(at + 7, high) - at) * 20) for at in range(low, high, 7)]
+    Storage().remove(path)

@@ -50,7 +50,7 @@ class Progress(Protocol):
         ...
 
     def advance(self, n_rows: int) -> None:
-        """Rows are done."""
+        """A unit is done, with so many rows."""
         ...
 
     def finish(self) -> None:
@@ -96,12 +96,14 @@ class Executor(ABC):
         workers: Units that can run at a time.
         memory: Bytes that the units on one machine may use together.
         space_bytes: Most of them that are used to hold something from one stage to another.
+        n_lost: Workers that were lost at work; each may have left a file half written.
     """
 
     name: ClassVar[str]
     workers: int
     memory: int
     space_bytes: int = 0
+    n_lost: int = 0
 
     @abstractmethod
     def at_work(self, stages: Sequence[Stage]) -> AbstractContextManager[Crew]:
@@ -164,7 +166,10 @@ def _run_chain(chain: Chain, upstream: Upstream, crew: Crew, shown: Progress) ->
         shown.start(" + ".join(stage.name for stage in chain.stages), chain.n_rows)
         try:
             if n_reused:
-                shown.advance(chain.n_rows - sum(unit.n_rows for unit in left))
+                again = {unit.unit for unit in left}
+                for unit in units:
+                    if unit.unit not in again:
+                        shown.advance(unit.n_rows)
             crew.run(chain, left, shown)
         finally:
             shown.finish()

@@ -27,12 +27,13 @@ from untwin.backends.base import Crew, Executor, Progress
 from untwin.backends.chain import Chain, UnitDone, do_unit
 from untwin.backends.local import check_memory, check_workers
 from untwin.backends.process import default_workers, working_process
-from untwin.errors import MissingExtraError, ParameterError, ResourceError, UntwinError
+from untwin.errors import InputNotFoundError, MissingExtraError, ParameterError, ResourceError, UntwinError
 from untwin.stages.base import Context, ParallelMap, Stage, Task
 from untwin.storage.files import Storage, join, redact
 
 try:
     import ray
+    from ray._private import ray_constants, services
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError, TaskCancelledError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:
@@ -50,6 +51,9 @@ _TRIES = 6
 _LOOK_SECONDS = 1.0
 """How often the nodes of the cluster are counted anew."""
 _CANCEL_SECONDS = 10.0
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+"""The frame with which both ends of an HTTP/2 connection begin."""
 _PROCESS_BYTES = 256 << 20
 """A worker's interpreter and libraries."""
 _MEMORY_STEP = 128 << 20
@@ -78,8 +82,9 @@ class RayExecutor(Executor):
     storage that all nodes see: a shared folder or an object store.
 
     Args:
-        address: Of a running cluster: `auto`, `host:port` or `ray://host:port`. None: the cluster of this process or of
-            the environment variable RAY_ADDRESS, else one that is started on this machine and ends with this process.
+        address: Of a running cluster: `auto`, `host:port` or `ray://host:port`; `local` starts one on this machine,
+            which ends with this process. None: that of the environment variable RAY_ADDRESS, else `local`. Where this
+            process is connected to a cluster already, that one is used.
         workers: Most units at a time; default: the CPUs of the cluster.
         memory: Budget in bytes for the data in work on each node; default: half of what the smallest node has.
 
@@ -94,9 +99,17 @@ class RayExecutor(Executor):
         self._workers = None if workers is None else check_workers(workers)
         budget = None if memory is None else check_memory(memory)
         _connect(address, self._workers)
+        _nodes_at.cache_clear()
         nodes = _nodes()
         self.workers = min(nodes.cpus, self._workers or nodes.cpus)
         self.memory = budget or nodes.node_memory // 2
+        if nodes.count and self.memory > nodes.node_memory:
+            _log.warning(
+                "memory is %.1f GB, but the smallest node of the Ray cluster has %.1f GB, which is what is used",
+                self.memory / 1e9,
+                nodes.node_memory / 1e9,
+            )
+            self.memory = nodes.node_memory
         self.units_by_node: Counter[str] = Counter()
         """Units that each node has done, by its id."""
         self._seen: set[tuple[str, str]] = set()
@@ -106,7 +119,11 @@ class RayExecutor(Executor):
         """The workers of the cluster, once it is known that they see the storage."""
         self._check_storage(stages)
         with ThreadPoolExecutor(_RECORDERS, "untwin-record") as recorders:
-            yield _Tasks(self.memory, self._workers, self.units_by_node, recorders)
+            crew = _Tasks(self.memory, self._workers, self.units_by_node, recorders)
+            try:
+                yield crew
+            finally:
+                self.n_lost += crew.n_lost
 
     def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
         """Call a function on a worker."""
@@ -119,11 +136,17 @@ class RayExecutor(Executor):
             raise
         except RayError as error:
             raise _lost(function.__name__, error) from error
-        result: T = _result(outcome)
+        try:
+            result: T = _result(outcome)
+        except InputNotFoundError as error:
+            raise InputNotFoundError(f"{error} (on a node of the Ray cluster; all of them have to see it)") from None
         return result
 
     def _check_storage(self, stages: Sequence[Stage]) -> None:
-        """Raise ResourceError if a node does not see what the driver writes, or has another version of untwin."""
+        """Raise ResourceError if a node does not see what the driver writes, or has another version of untwin.
+
+        The input is looked for, too. The driver itself need not see it.
+        """
         place = next(filter(None, (stage.place for stage in stages)), None)
         if place is None:
             return
@@ -132,21 +155,23 @@ class RayExecutor(Executor):
         if not new:
             return
         token = uuid.uuid4().hex
-        path = join(folder, f"_probe-{token}")
+        path = join(folder, f"_tmp-{token}")
+        origins = [origin for origin in (stage.origin for stage in stages) if origin is not None][:1]
         storage.write_bytes(path, token.encode())
         try:
             strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in new]
             asked = [
-                _remote(_probe, num_cpus=0, scheduling_strategy=strategy).remote(storage, path, token)
-                for strategy in strategies
+                _remote(_probe, num_cpus=0, scheduling_strategy=strategy, max_retries=_TRIES - 1).remote(
+                    storage, path, token, where, origins
+                )
+                for strategy, where in zip(strategies, map(_where, new), strict=True)
             ]
             for node, reference in zip(new, asked, strict=True):
-                where = f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-                version = _answer_of(reference, where, folder)
-                if version != _version():
+                version = _answer_of(reference, node, folder)
+                if version not in (None, _version()):
                     raise ResourceError(
-                        f"{where} of the Ray cluster has untwin {version}, this process {_version()}; install the "
-                        "same version on all nodes"
+                        f"{_where(node)} has untwin {version}, this process {_version()}; install the same version "
+                        "on all nodes"
                     )
                 self._seen.add((node["NodeID"], folder))
         finally:
@@ -161,6 +186,7 @@ class _Tasks(Crew):
     ) -> None:
         self._memory, self._workers = memory, workers
         self._units_by_node, self._recorders = units_by_node, recorders
+        self.n_lost = 0
 
     def run(self, chain: Chain, units: Sequence[Task], progress: Progress) -> None:
         chain.check_memory(units, self._memory)
@@ -176,8 +202,8 @@ class _Tasks(Crew):
             )
             (spread if large and nodes.count > 1 else inside).append(unit)
         stages = ray.put(list(chain.stages))
-        whole = functools.partial(self._submit, chain, stages, nodes, nodes.node_cpus, self._memory)
-        one = functools.partial(self._submit, chain, stages, nodes, 1, share)
+        whole = functools.partial(self._submit, chain, stages, nodes.node_cpus, self._memory)
+        one = functools.partial(self._submit, chain, stages, 1, share)
         # one at a time: the parts of two could wait for memory that both hold
         self._run(chain, spread, progress, lambda: 1, functools.partial(whole, spread_memory=share))
         self._run(chain, inside, progress, functools.partial(self._in_flight, nodes.node_cpus), whole)
@@ -187,17 +213,22 @@ class _Tasks(Crew):
         self,
         chain: Chain,
         stages: Any,
-        nodes: _Nodes,
         n_cpus: int,
         memory: int,
         unit: Task,
         spread_memory: int = 0,
     ) -> Any:
+        nodes = _nodes()
+        n_cpus = min(n_cpus, nodes.node_cpus)
         declared = -(-min(chain.memory(unit), memory) // _MEMORY_STEP) * _MEMORY_STEP + _PROCESS_BYTES
+        each = nodes.node_memory // nodes.node_cpus
+        # if all other nodes are lost, a part of a unit still finds room beside it; its CPUs are lent while it waits
+        spread_memory = min(spread_memory, each)
+        room = each * n_cpus - spread_memory
         task = _remote(
             _work,
             num_cpus=n_cpus,
-            memory=min(declared, nodes.node_memory * n_cpus // nodes.node_cpus),
+            memory=min(declared, room),
             name=f"{chain.name} {unit.unit}",
             scheduling_strategy="SPREAD",
         )
@@ -245,9 +276,9 @@ class _Tasks(Crew):
         most = slots + max(1, slots // 2)
         return most if self._workers is None else max(1, min(most, self._workers // n_cpus))
 
-    @staticmethod
-    def _again(chain: Chain, unit: Task, number: int, error: RayError) -> None:
-        what = f"stage {chain.stages[0].name}, unit {unit.unit}"
+    def _again(self, chain: Chain, unit: Task, number: int, error: RayError) -> None:
+        self.n_lost += 1
+        what = f"stage {' + '.join(stage.name for stage in chain.stages)}, unit {unit.unit}"
         if number >= _TRIES:
             raise _lost(f"{what} (begun {number} times)", error) from error
         _log.warning("%s: its worker was lost (%s); it is done again", what, type(error).__name__)
@@ -272,7 +303,10 @@ class _Spread:
                         break
                 if not pending:
                     return
-                yield _result(ray.get(pending[0]))
+                outcome = _outcome(pending[0])
+                if isinstance(outcome, RayError):
+                    raise _lost("a part of it", outcome) from outcome
+                yield _result(outcome)
                 pending.popleft()
         finally:
             for reference in pending:
@@ -283,16 +317,43 @@ class _Spread:
 
 
 @dataclass(frozen=True)
-class _Failure:
-    error: BaseException
+class _Answer:
+    """What comes back from a worker: a value or an error, and what was logged there, with its level."""
+
+    value: Any
+    error: Exception | None
+    said: tuple[tuple[int, str], ...]
 
 
-def _work(
-    held: list[Any], unit: Task, n_threads: int, memory: int, spread_memory: int, recorded: bool
-) -> tuple[str, UnitDone] | _Failure:
-    """Run a chain on a unit."""
-    after_unit = _worker(memory)
+class _Listener(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[tuple[int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append((record.levelno, record.getMessage()))
+
+
+def _answered(function: Callable[[], Any]) -> _Answer:
+    """Call a function; what it logs is told on the driver, once, and not here."""
+    listener = _Listener()
+    _log.propagate = False
+    _log.addHandler(listener)
+    value, failure = None, None
     try:
+        value = function()
+    except Exception as error:
+        failure = _portable(error)
+    finally:
+        _log.removeHandler(listener)
+    return _Answer(value, failure, tuple(listener.said))
+
+
+def _work(held: list[Any], unit: Task, n_threads: int, memory: int, spread_memory: int, recorded: bool) -> _Answer:
+    """Run a chain on a unit; gives the node and what came of the unit."""
+    after_unit = _worker(memory)
+
+    def work() -> tuple[str, UnitDone]:
         stages = _fetched(held[0])
         spread: ParallelMap | None = _Spread(spread_memory) if spread_memory else None
         if n_threads == 1 and spread is None:
@@ -301,47 +362,42 @@ def _work(
             with ThreadPoolExecutor(n_threads, "untwin") as pool:
                 done = do_unit(stages, unit, Context(memory, n_threads, pool.map, spread), recorded=recorded)
         after_unit()
-    except Exception as error:
-        return _failure(error)
-    return ray.get_runtime_context().get_node_id(), done
+        return ray.get_runtime_context().get_node_id(), done
+
+    return _answered(work)
 
 
-def _call(held: list[Any], memory: int) -> Any:
+def _call(held: list[Any], memory: int) -> _Answer:
     """Call a function."""
     _worker(memory)
-    try:
-        function, args, options = ray.get(held[0])
-        return function(*args, **options)
-    except Exception as error:
-        return _failure(error)
+    function, args, options = ray.get(held[0])
+    return _answered(lambda: function(*args, **options))
 
 
-def _apply(held: list[Any], item: Any, memory: int) -> Any:
+def _apply(held: list[Any], item: Any, memory: int) -> _Answer:
     """Apply a function to an item."""
     after_unit = _worker(memory)
-    try:
-        result = _fetched(held[0])(item)
-        after_unit()
-    except Exception as error:
-        return _failure(error)
-    return result
+    answer = _answered(lambda: _fetched(held[0])(item))
+    after_unit()
+    return answer
 
 
-def _probe(storage: Storage, path: str, token: str) -> str | _Failure:
-    """Look for what the driver wrote; gives the version of untwin."""
-    try:
+def _probe(storage: Storage, path: str, token: str, where: str, origins: Sequence[tuple[Storage, str]]) -> _Answer:
+    """Look for what the driver wrote and for the input; gives the version of untwin."""
+
+    def look() -> str:
+        shared = "give input and output on storage that all nodes share, such as a mounted network folder or s3://…"
         if not storage.exists(path) or storage.read_bytes(path).decode() != token:
-            folder = path.rpartition("/")[0]
-            raise ResourceError(
-                f"{redact(folder)}: is not the same folder on all nodes of the Ray cluster; give input and output on "
-                "storage that all of them share, such as a mounted network folder or s3://…"
-            )
-    except Exception as error:
-        return _failure(error)
-    return _version()
+            raise ResourceError(f"{redact(path.rpartition('/')[0])}: {where} does not see this folder; {shared}")
+        for source, origin in origins:
+            if not source.exists(origin):
+                raise ResourceError(f"{redact(origin)}: {where} does not see this file of the input; {shared}")
+        return _version()
+
+    return _answered(look)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _worker(memory: int) -> Callable[[], None]:
     """Make this process a worker, for as long as it lives."""
     return _stack().enter_context(working_process(memory))
@@ -365,7 +421,7 @@ def _fetched(reference: Any) -> Any:
     return _latest[key]
 
 
-def _failure(error: Exception) -> _Failure:
+def _portable(error: Exception) -> Exception:
     """An error as it arrives on the driver: itself if it can travel, with where it came from."""
     if not isinstance(error, UntwinError):
         error.add_note(f"on host {socket.gethostname()}:\n{''.join(traceback.format_exception(error))}")
@@ -375,8 +431,8 @@ def _failure(error: Exception) -> _Failure:
         told = RuntimeError(f"{type(error).__name__}: {error}")
         for note in getattr(error, "__notes__", ()):
             told.add_note(note)
-        return _Failure(told)
-    return _Failure(error)
+        return told
+    return error
 
 
 # What follows runs on the driver.
@@ -397,47 +453,79 @@ def _connect(address: str | None, workers: int | None) -> None:
         )
     if ray.is_initialized():
         return
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
-    if address is None:
-        # on the loopback address: nobody else is to use it
-        ray.init(
-            address="local",
-            num_cpus=workers or default_workers(),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
+    _exported.cache_clear()  # for a client of a cluster it is another thing than for a member
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    # what workers log comes with their answers
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == "local":
+        n_cpus = workers or default_workers()
+        with _on_loopback():  # nobody else is to use it
+            ray.init(address="local", num_cpus=n_cpus, include_dashboard=False, **quiet)
         return
     started = time.monotonic()
     hint = "start one with 'ray start --head', or leave --ray-address out for one on this machine"
-    if address != "auto":
-        _check_reachable(address, hint)
     try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError, RayError) as error:
+        place = services.get_ray_address_from_environment("auto", None) if address == "auto" else address
+        with contextlib.nullcontext() if _reaches(place) else _on_loopback():
+            ray.init(address=place, **quiet)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{address} needs a package that is not installed: pip install 'ray[client]' ({error})"
+        ) from error
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        if isinstance(error, ParameterError):
+            raise
         raise ResourceError(
             f"no Ray cluster at {address} (waited {time.monotonic() - started:.0f} s: {_first_line(error)}); {hint}"
         ) from error
 
 
-def _check_reachable(address: str, hint: str) -> None:
-    """Raise ResourceError if nobody listens at an address; Ray itself would wait for minutes."""
+def _reaches(address: str) -> bool:
+    """Whether a cluster listens where Ray will look for it, and not on the loopback address only.
+
+    Ray takes this machine's own address for `localhost`, and waits for minutes where nobody listens.
+
+    Raises:
+        OSError: Nobody listens, or not a Ray cluster.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ParameterError(f"ray_address is {address!r}; give auto, HOST:PORT or ray://HOST:PORT")
-    end = time.monotonic() + _REACH_SECONDS
+    if not host or "/" in host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ParameterError(f"ray_address is {address!r}; give auto, local, HOST:PORT or ray://HOST:PORT")
+    host, end = host.strip("[]"), time.monotonic() + _REACH_SECONDS
+    hosts = [host]
+    if host in _LOOPBACK and not address.startswith("ray://"):
+        hosts.insert(0, services.get_node_ip_address())  # type: ignore[no-untyped-call]
     while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
-        except OSError as error:
-            if time.monotonic() < end:
-                time.sleep(0.5)
-                continue
-            raise ResourceError(
-                f"no Ray cluster at {address} (waited {_REACH_SECONDS:.0f} s: {error}); {hint}"
-            ) from error
-        return
+        for place in hosts:
+            try:
+                _greet(place, int(port))
+            except OSError as error:
+                failure = error
+            else:
+                return place == hosts[0]
+        if time.monotonic() > end:
+            raise failure
+        time.sleep(0.5)
+
+
+def _greet(host: str, port: int) -> None:
+    """Raise OSError unless somebody listens who speaks gRPC, which a Ray cluster does."""
+    with socket.create_connection((host, port), timeout=_REACH_SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS)
+            if connection.recv(9)[3:4] != _SETTINGS[3:4]:
+                raise ConnectionError("what listens there is no Ray cluster")
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray use the loopback address, for itself and for what it starts: by itself it does so on macOS only."""
+    before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _nodes() -> _Nodes:
@@ -450,7 +538,14 @@ def _nodes_at(_: int) -> _Nodes:
     found = [node["Resources"] for node in _working_nodes()]
     cpus = [int(node["CPU"]) for node in found]
     memory = [int(node.get("memory", 1 << 30)) for node in found]
+    if not found:
+        _warn_of_no_nodes(int(time.monotonic() / 60))
     return _Nodes(len(found), max(1, sum(cpus)), min(cpus, default=1), min(memory, default=1 << 30))
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_of_no_nodes(_: int) -> None:
+    _log.warning("the Ray cluster has no node with a CPU; the work waits until one joins")
 
 
 def _working_nodes() -> list[dict[str, Any]]:
@@ -482,27 +577,35 @@ def _outcome(reference: Any) -> Any:
         return error
 
 
-def _result(outcome: Any) -> Any:
-    if isinstance(outcome, _Failure):
-        raise outcome.error
-    return outcome
+def _result(answer: _Answer) -> Any:
+    for level, text in answer.said:
+        _log.log(level, "%s", text)
+    if answer.error is not None:
+        raise answer.error
+    return answer.value
 
 
-def _answer_of(reference: Any, where: str, folder: str) -> Any:
-    """What a node's probe says."""
+def _where(node: dict[str, Any]) -> str:
+    return f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) of the Ray cluster"
+
+
+def _answer_of(reference: Any, node: dict[str, Any], folder: str) -> str | None:
+    """What a node's probe says: the version of untwin; None if the node is gone."""
     try:
-        return _result(ray.get(reference, timeout=_PROBE_SECONDS))
+        return str(_result(ray.get(reference, timeout=_PROBE_SECONDS)))
     except GetTimeoutError:
         raise ResourceError(
-            f"{where} of the Ray cluster did not answer within {_PROBE_SECONDS:.0f} s whether it sees {redact(folder)}"
+            f"{_where(node)} did not answer within {_PROBE_SECONDS:.0f} s whether it sees {redact(folder)}"
         ) from None
     except RayError as error:
         if "No module named" in str(error):
             raise ResourceError(
-                f"{where} of the Ray cluster cannot run untwin ({_first_line(error)}); install untwin "
-                f"{_version()} there, with the same extras as here"
+                f"{_where(node)} cannot run untwin ({_first_line(error)}); install untwin {_version()} there, with "
+                "the same extras as here"
             ) from error
-        raise _lost(f"the look from {where} at {redact(folder)}", error) from error
+        if node["NodeID"] not in {other["NodeID"] for other in _working_nodes()}:
+            return None
+        raise _lost(f"the look from {_where(node)} at {redact(folder)}", error) from error
 
 
 def _lost(what: str, error: RayError) -> ResourceError:
@@ -516,9 +619,10 @@ def _first_line(error: BaseException) -> str:
 
 def _cancel(references: Sequence[Any]) -> None:
     """Interrupt tasks, so that they leave no half-written file; those that do not stop are killed."""
-    with contextlib.suppress(Exception):
-        for reference in references:
+    for reference in references:
+        with contextlib.suppress(Exception):
             ray.cancel(reference, recursive=True)
+    with contextlib.suppress(Exception):
         _, running = ray.wait(list(references), num_returns=len(references), timeout=_CANCEL_SECONDS)
         for reference in running:
             ray.cancel(reference, force=True, recursive=True)

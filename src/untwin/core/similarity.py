@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import numbers
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -42,6 +45,13 @@ _TILE_COLUMNS = 1024
 """Columns of one matrix product."""
 _READ_BYTES = 16 << 20
 """Bytes of rows that are asked from a store at a time, about."""
+_BLOCK_ROWS = 8192
+_BLOCK_COLUMNS = 4096
+"""Most rows of a block that is compared elsewhere, and the better-ranked rows that it has at least."""
+_BLOCKS = 128
+"""Blocks into which what is left of a strip would be cut, were they all as large as the next one."""
+_FINE = 4
+"""By how much smaller blocks are in both directions that all others wait for."""
 _NOTHING = -2.0
 """Less than any cosine: no match yet."""
 _MASKED = np.float32(-4.0)
@@ -106,6 +116,74 @@ ExecutorMap = Callable[[Callable[[Any], Any], Sequence[Any]], Any]
 
 
 @dataclass(frozen=True)
+class Block:
+    """Pairs that are compared elsewhere: rows `low` to `high - 1` with the better-ranked `start` to `stop - 1`.
+
+    Attributes:
+    ----------
+    removed
+        Bits (`numpy.packbits`), which of the better-ranked rows are removed; None without eps.
+
+    """
+
+    low: int
+    high: int
+    start: int
+    stop: int
+    removed: npt.NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class Between:
+    """Rows whose copies want to know of the rows between, among `start` to `stop - 1`; compared elsewhere, too.
+
+    Attributes:
+    ----------
+    X
+        (m, D) float32, the rows.
+    row, until
+        (m,) int64, their numbers, and those of the first rows after their last copies.
+    least
+        (m,) float32, the least product that matters.
+    removed
+        As in `Block`.
+
+    """
+
+    X: Float32
+    row: Int64
+    until: Int64
+    least: Float32
+    start: int
+    stop: int
+    removed: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Similar rows of a block: pairs of one of its rows and one of the others; all arrays are (m,).
+
+    Attributes:
+    ----------
+    row, other
+        int32, both rows, counted from the first of the block's.
+    value
+        float64, their exact similarity.
+
+    """
+
+    row: npt.NDArray[np.int32]
+    other: npt.NDArray[np.int32]
+    value: Float64
+
+
+BlockMap = Callable[[Sequence[Block | Between]], Generator[tuple[Found, Found], None, None]]
+"""Has blocks compared: the answers of `match_block`, in order."""
+Elsewhere = Callable[[RankedRows], BlockMap]
+"""Puts rows where others can read them, by the numbers that they have here, and returns what has them compared."""
+
+
+@dataclass(frozen=True)
 class Matches:
     """What `match_ranked` found; all arrays are (n,) in rank order, and positions are ranks.
 
@@ -156,6 +234,7 @@ def match_ranked(
     compare_to: CompareTo = "kept",
     batch_size: int = 1024,
     executor_map: ExecutorMap | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Matches:
     """Find each row's most similar better-ranked row and, given eps, the duplicates and their witnesses.
 
@@ -197,6 +276,8 @@ def match_ranked(
         a bit of the result depends on it.
     executor_map
         Map-like callable. If given, the products of a batch run in it, 256 rows each; for giant clusters.
+    elsewhere
+        If given, rows of different batches are compared by others, in blocks; only what is in a batch is left here.
 
     Raises:
     ------
@@ -208,7 +289,83 @@ def match_ranked(
         raise ParameterError(f"compare_to must be 'kept' or 'ranked', not {compare_to!r}")
     if batch_size < 1:
         raise ParameterError(f"pairwise_batch_size must be at least 1, not {batch_size}")
-    return _Resolver(rows, eps, compare_to, batch_size, executor_map).run()
+    return _Resolver(rows, eps, compare_to, batch_size, executor_map, elsewhere).run()
+
+
+def match_block(
+    block: Block | Between, rows: RankedRows, tiles: Iterable[Float32], eps: float | None
+) -> tuple[Found, Found]:
+    """Compare the rows of a block: what `match_ranked` has done elsewhere.
+
+    Parameters
+    ----------
+    block
+        Which rows.
+    rows
+        All rows.
+    tiles
+        Those numbered `start` to `stop - 1` in order, some at a time: (m, D) float32.
+    eps
+        That of `match_ranked`.
+
+    Returns:
+    -------
+    Of a `Block`, for each row the most similar better-ranked row; and for each that may have a kept one within eps, the
+    most similar of these. Ties go to the better-ranked.
+
+    Of a `Between`, nothing, and for each row those kept ones between it and its last copy that may matter.
+
+    """
+    stays = np.ones(block.stop - block.start, np.bool_)
+    if block.removed is not None:
+        stays = np.unpackbits(block.removed, count=len(stays)) == 0
+    if isinstance(block, Between):
+        return _Best.empty(0).found(), _find_between(block, tiles, stays)
+    X = rows.take(block.low, block.high)
+    bounds = _bounds(eps, rows.dim)
+    batch = _Rows(X, rowwise_dot(X, X), np.arange(len(X)))
+    best, kept = _Best.empty(len(batch)), _Best.empty(len(batch))
+    strips = [
+        _Strip(batch[part], bounds, "kept", best.part(part), kept.part(part))
+        for part in _even_blocks(len(batch), _STRIP_ROWS)
+    ]
+    at = 0
+    for Y in tiles:
+        tile = _Around(_Rows(Y, rowwise_dot(Y, Y), np.arange(at, at + len(Y))), at)
+        for strip in strips:
+            strip.compare(tile, tile, stays[at:])
+            strip.settle(tile)
+        at += len(Y)
+    return best.found(), kept.found()
+
+
+def _find_between(block: Between, tiles: Iterable[Float32], stays: Bool) -> Found:
+    """Return the pairs of rows with copies and rows that may matter to these; by row, then by other row."""
+    found: list[tuple[Indices, Indices, Float64]] = []
+    at = 0
+    for Y in tiles:
+        for columns in blocks(len(Y), _TILE_COLUMNS):
+            some = Y[columns]
+            number = np.arange(at, at + len(some))
+            between = (number + block.start > block.row[:, None]) & (number + block.start < block.until[:, None])
+            between &= stays[number]
+            i, j = np.nonzero((_products(block.X, some) >= block.least[:, None]) & between)
+            if len(i):
+                left, right = _used(block.X, i), _used(some, j)
+                value = _pair_cosine(left, np.searchsorted(left.position, i), right, np.searchsorted(right.position, j))
+                found.append((i, number[j], value))
+            at += len(some)
+    if not found:
+        return _Best.empty(0).found()
+    i, j, value = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.argsort(i, kind="stable")
+    return Found(i[order].astype(np.int32), j[order].astype(np.int32), value[order])
+
+
+def _used(X: Float32, numbers: Indices) -> _Rows:
+    """Return those rows that are among the numbers, in order."""
+    position = np.unique(numbers)
+    return _Rows(X[position], rowwise_dot(X[position], X[position]), position)
 
 
 class _Best:
@@ -221,9 +378,19 @@ class _Best:
     def empty(cls, n: int) -> _Best:
         return cls(np.full(n, _NOTHING), np.full(n, np.iinfo(np.int64).max))
 
-    def part(self, rows: slice) -> _Best:
-        """View some rows."""
+    def part(self, rows: slice | Int64) -> _Best:
+        """View some rows, or copy them where they are given one by one."""
         return _Best(self.value[rows], self.position[rows])
+
+    def found(self) -> Found:
+        """Return what is known, for those rows for which there is something."""
+        some = np.flatnonzero(self.value > _NOTHING)
+        return Found(some.astype(np.int32), self.position[some].astype(np.int32), self.value[some])
+
+    def improve(self, at: Int64, value: Float64, position: Int64) -> None:
+        """Take other matches of the rows `at` into account, one for each."""
+        better = (value > self.value[at]) | ((value == self.value[at]) & (position < self.position[at]))
+        self.value[at[better]], self.position[at[better]] = value[better], position[better]
 
     def offer(self, products: Float32, left: _Rows, right: _Rows, floor: Float64 | None = None) -> None:
         """Take approximate products (left x right) into account; those below `floor` do not matter."""
@@ -275,15 +442,16 @@ class _Candidates:
     Args:
         rows: The strip.
         floor: The least product that matters.
+        known: What is known of its rows already.
     """
 
-    def __init__(self, rows: _Rows, floor: float) -> None:
+    def __init__(self, rows: _Rows, floor: float, known: _Best) -> None:
         self._rows, self._floor = rows, np.float32(floor)
         # with room for the rounding of the difference
         self._slack = np.float32(2 * product_error(rows.X.shape[1]) + 2.0**-23)
-        self.best = _Best.empty(len(rows))
+        self.best = known
         """What is known exactly."""
-        self.top = np.full(len(rows), np.float32(_NOTHING))
+        self.top = known.value.astype(np.float32)
         """The largest product so far."""
         self._pairs: list[tuple[Indices, Indices, Float32]] = []
         self._n_pairs = 0
@@ -328,137 +496,61 @@ class _Around:
 
 
 class _Strip:
-    """Rows that are judged together: what is found for them is noted here, by one thread at a time."""
+    """Rows that are judged together: what is found for them is noted here, by one thread at a time.
 
-    def __init__(self, rows: _Rows, low: float) -> None:
-        self.rows = rows
-        self.best, self.kept = _Candidates(rows, _NOTHING), _Candidates(rows, low)
-        self.inside: list[tuple[Indices, Indices, Float32]] = []
-        """Pairs of rows of the strip that may be within eps."""
-
-
-class _Resolver:
-    """One call of `match_ranked`: the arrays of the answer, and the steps that fill them.
-
-    Rows that are no copies are compared strip by strip, in rank order. A product of a row with a better-ranked one
-    counts for its match, and, if the other is kept, for its witness.
+    Args:
+        rows: The strip.
+        bounds: Products below the first are surely not within eps, those above the second surely are.
+        compare_to: That of `match_ranked`.
+        best: What is known of their best matches.
+        kept: What is known of their best matches among the rows that stay.
     """
 
     def __init__(
-        self,
-        rows: RankedRows,
-        eps: float | None,
-        compare_to: CompareTo,
-        batch_size: int,
-        executor_map: ExecutorMap | None,
+        self, rows: _Rows, bounds: tuple[float, float], compare_to: CompareTo, best: _Best, kept: _Best
     ) -> None:
-        self.rows, self.n = rows, rows.n
-        self.limit = None if eps is None else threshold(eps)
-        self.compare_to, self.batch_size = compare_to, batch_size
-        self.executor_map = executor_map or map
-        self.strip_rows = _STRIP_ROWS if executor_map is None else _SLICE_ROWS
-        self.error = product_error(rows.dim)
-        self.high = np.inf if self.limit is None else float(np.float32(float(self.limit) + self.error))
-        self.low = np.inf if self.limit is None else float(float32_below(float(self.limit) - self.error))
-        self.best = _Best.empty(self.n)
-        self.witness = _Best.empty(self.n)
-        self.removed = np.zeros(self.n, np.bool_)
-        self.held: _Rows | None = None
-        """All rows that are no copies, if they are in memory."""
+        self.rows = rows
+        self._low, self._high = bounds
+        self.best, self.kept = _Candidates(rows, _NOTHING, best), _Candidates(rows, self._low, kept)
+        self.decides = self.kept if compare_to == "kept" else self.best
+        """The pairs that decide who is removed."""
+        self.inside: list[tuple[Indices, Indices, Float32]] = []
+        """Pairs of rows of the strip that may be within eps."""
 
-    def run(self) -> Matches:
-        X = None
-        if isinstance(self.rows, RankedArray):
-            X = self.rows.take(0, self.n)
-            self.rows = RankedArray(X)
-        self.square = _squares(self.rows, self.batch_size)
-        if not (np.abs(self.square - 1) < 1e-5).all():
-            raise ParameterError("rows must be of unit length: use untwin.core.normalize")
-        first = _first_copies(self.rows, self.square, self.batch_size)
-        distinct = first == np.arange(self.n)
-        self.position, copies = np.flatnonzero(distinct), np.flatnonzero(~distinct)
-        if X is not None:
-            X = _chosen(X, self.position) if len(copies) else X
-            self.held = _Rows(X, self.square[self.position], self.position)
-        elif len(copies):
-            self.rows = DistinctRows(self.rows, self.position)
-        at_once = self.batch_size if self.held is None or self.strip_rows == _SLICE_ROWS else self.strip_rows
-        for part in _even_blocks(len(self.position), at_once):
-            self._judge(part)
-        self._copy_answers(first, copies)
-        if len(copies) and self.limit is not None and self.compare_to == "kept":
-            self._recheck_copies(first, copies)
-        return self._answer()
+    def compare(self, tile: _Around, around: _Around, stays: Bool) -> None:
+        """Compare with the rows of a tile, of which those stay that `stays` tells."""
+        for columns in _even_blocks(len(tile.rows), _TILE_COLUMNS):
+            products = _products(self.rows.X, tile.rows.X[columns])
+            self.note(products, tile.start + columns.start, around, stays[columns])
 
-    def _take(self, part: slice) -> _Rows:
-        """Some of the rows that are no copies."""
-        if self.held is not None:
-            return self.held[part]
-        position = self.position[part]
-        return _Rows(self.rows.take(part.start, part.stop), self.square[position], position)
-
-    def _tiles(self, start: int, stop: int) -> Iterator[_Around]:
-        """Rows that are no copies, as many at a time as are taken together."""
-        size = stop - start if self.held is not None else max(_TILE_COLUMNS, _READ_BYTES // (4 * self.rows.dim))
-        for part in blocks(stop - start, max(1, size)):
-            first = start + part.start
-            yield _Around(self._take(slice(first, start + part.stop)), first)
-
-    def _judge(self, part: slice) -> None:
-        """Resolve a batch of rows, which are compared with all better-ranked rows."""
-        batch = self._take(part)
-        strips = [_Strip(batch[rows], self.low) for rows in _even_blocks(len(batch), self.strip_rows)]
-        everything = None if self.held is None else _Around(self.held, 0)
-
-        def compare(strip: _Strip, tile: _Around, around: _Around) -> None:
-            for columns in _even_blocks(len(tile.rows), _TILE_COLUMNS):
-                products = _products(strip.rows.X, tile.rows.X[columns])
-                self._note(strip, products, tile.start + columns.start, around)
-
-        for tile in self._tiles(0, part.start):
-            list(self.executor_map(partial(compare, tile=tile, around=everything or tile), strips))
-            if everything is None:
-                for strip in strips:
-                    strip.best.settle(tile)
-                    strip.kept.settle(tile)
-        around, done = everything or _Around(batch, part.start), 0
-        for strip in strips:
-            compare(strip, _Around(batch[:done], part.start), around)
-            self._compare_inside(strip, part.start + done, around)
-            self._resolve(strip, part.start + done, around)
-            done += len(strip.rows)
-
-    def _compare_inside(self, strip: _Strip, start: int, around: _Around) -> None:
-        """Compare the rows of a strip, of which the first has index `start`, with each other."""
-        products = _products(strip.rows.X, strip.rows.X)
+    def compare_inside(self, start: int, around: _Around) -> None:
+        """Compare the rows, of which the first has index `start`, with each other."""
+        products = _products(self.rows.X, self.rows.X)
         np.copyto(products, _MASKED, where=_not_before(_STRIP_ROWS)[: len(products), : len(products)])
-        self._note(strip, products, start, around, inside=True)
+        self.note(products, start, around, None)
 
-    def _note(self, strip: _Strip, products: Float32, start: int, around: _Around, *, inside: bool = False) -> None:
-        """Note what matters of the products of a strip with rows from index `start` on; spoils them."""
+    def note(self, products: Float32, start: int, around: _Around, stays: Bool | None) -> None:
+        """Note what matters of the products with rows from index `start` on, None: with the strip; spoils them."""
         at = products.argmax(axis=1)
         own = at + np.arange(0, products.size, products.shape[1])
         top = products.reshape(-1).take(own)
-        np.maximum(strip.best.top, top, out=strip.best.top)
-        best_bar = strip.best.bar()
-        bar = np.minimum(best_bar, strip.kept.bar())
-        # of the strip itself, those may stay for which no earlier row is surely within eps
-        stays = (
-            self._decides(strip).top <= self.high
-            if inside
-            else ~self.removed[self.position[start : start + products.shape[1]]]
-        )
+        np.maximum(self.best.top, top, out=self.best.top)
+        best_bar = self.best.bar()
+        bar = np.minimum(best_bar, self.kept.bar())
+        inside = stays is None
+        if stays is None:  # those may stay for which no earlier row is surely within eps
+            stays = self.decides.top <= self._high
 
         def note(i: Indices, j: Indices, product: Float32) -> None:
             near = np.flatnonzero(product >= best_bar[i])
-            strip.best.add(i[near], j[near] + start, product[near], around)
-            near = np.flatnonzero((product >= self.low) & stays[j])
+            self.best.add(i[near], j[near] + start, product[near], around)
+            near = np.flatnonzero((product >= self._low) & stays[j])
             if not len(near):
                 return
             if inside:
-                strip.inside.append((i[near], j[near], product[near]))
+                self.inside.append((i[near], j[near], product[near]))
             else:
-                strip.kept.add(i[near], j[near] + start, product[near], around)
+                self.kept.add(i[near], j[near] + start, product[near], around)
 
         matters = top >= bar
         if not matters.any():
@@ -476,11 +568,168 @@ class _Resolver:
             i, j = np.divmod(np.flatnonzero(matters), products.shape[1])
             note(rows[i], j, part[i, j])
 
+    def settle(self, around: _Around) -> None:
+        """Compute all that was noted exactly; all other rows are in `around`."""
+        self.best.settle(around)
+        self.kept.settle(around)
+
+
+class _Resolver:
+    """One call of `match_ranked`: the arrays of the answer, and the steps that fill them.
+
+    Rows that are no copies are compared strip by strip, in rank order. A product of a row with a better-ranked one
+    counts for its match, and, if the other is kept, for its witness.
+    """
+
+    def __init__(
+        self,
+        rows: RankedRows,
+        eps: float | None,
+        compare_to: CompareTo,
+        batch_size: int,
+        executor_map: ExecutorMap | None,
+        elsewhere: Elsewhere | None,
+    ) -> None:
+        self.rows, self.n = rows, rows.n
+        self.limit = None if eps is None else threshold(eps)
+        self.elsewhere = elsewhere
+        self.compare: BlockMap = self._find
+        self.compare_to, self.batch_size = compare_to, batch_size
+        self.executor_map = executor_map or map
+        self.strip_rows = _STRIP_ROWS if executor_map is None else _SLICE_ROWS
+        self.error = product_error(rows.dim)
+        self.low, self.high = _bounds(eps, rows.dim)
+        self.best = _Best.empty(self.n)
+        self.witness = _Best.empty(self.n)
+        self.removed = np.zeros(self.n, np.bool_)
+        self.held: _Around | None = None
+        """Rows that are no copies and in memory, if so all from an index on; none before are compared with here."""
+
+    def run(self) -> Matches:
+        X = None
+        if isinstance(self.rows, RankedArray):
+            X = self.rows.take(0, self.n)
+            self.rows = RankedArray(X)
+        self.square = _squares(self.rows, self.batch_size)
+        if not (np.abs(self.square - 1) < 1e-5).all():
+            raise ParameterError("rows must be of unit length: use untwin.core.normalize")
+        first = _first_copies(self.rows, self.square, self.batch_size)
+        distinct = first == np.arange(self.n)
+        self.position, copies = np.flatnonzero(distinct), np.flatnonzero(~distinct)
+        if X is not None:
+            X = _chosen(X, self.position) if len(copies) else X
+            self.held = _Around(_Rows(X, self.square[self.position], self.position), 0)
+        elif len(copies):
+            self.rows = DistinctRows(self.rows, self.position)
+        if self.elsewhere is not None:
+            self._judge_with(self.elsewhere)
+        else:
+            at_once = self.batch_size if self.held is None or self.strip_rows == _SLICE_ROWS else self.strip_rows
+            for part in _even_blocks(len(self.position), at_once):
+                self._judge(part)
+        self._copy_answers(first, copies)
+        if len(copies) and self.limit is not None and self.compare_to == "kept":
+            self._recheck_copies(first, copies)
+        return self._answer()
+
+    def _take(self, part: slice) -> _Rows:
+        """Some of the rows that are no copies."""
+        if self.held is not None:
+            return self.held.rows[part.start - self.held.start : part.stop - self.held.start]
+        position = self.position[part]
+        return _Rows(self.rows.take(part.start, part.stop), self.square[position], position)
+
+    def _tiles(self, start: int, stop: int) -> Iterator[_Around]:
+        """Rows that are no copies, as many at a time as are taken together."""
+        size = stop - start if self.held is not None else max(_TILE_COLUMNS, _READ_BYTES // (4 * self.rows.dim))
+        for part in blocks(stop - start, max(1, size)):
+            first = start + part.start
+            yield _Around(self._take(slice(first, start + part.stop)), first)
+
+    def _judge(self, part: slice) -> None:
+        """Resolve a batch of rows, which are compared with all better-ranked rows, or with those that are held."""
+        batch = self._take(part)
+        strips = [self._strip(batch[rows]) for rows in _even_blocks(len(batch), self.strip_rows)]
+        for tile in self._tiles(0 if self.held is None else self.held.start, part.start):
+            compare = partial(_Strip.compare, tile=tile, around=self.held or tile, stays=self._stays(tile))
+            list(self.executor_map(compare, strips))
+            if self.held is None:
+                for strip in strips:
+                    strip.settle(tile)
+        around, done = self.held or _Around(batch, part.start), 0
+        for strip in strips:
+            before = _Around(batch[:done], part.start)
+            strip.compare(before, around, self._stays(before))
+            strip.compare_inside(part.start + done, around)
+            self._resolve(strip, part.start + done, around)
+            done += len(strip.rows)
+
+    def _strip(self, rows: _Rows) -> _Strip:
+        known = self.best.part(rows.position), self.witness.part(rows.position)
+        return _Strip(rows, (self.low, self.high), self.compare_to, *known)
+
+    def _stays(self, tile: _Around) -> Bool:
+        """Which rows of a tile of resolved rows stay."""
+        return ~self.removed[tile.rows.position]
+
+    def _judge_with(self, elsewhere: Elsewhere) -> None:
+        """Resolve all rows, batch by batch; pairs of rows of different batches are compared elsewhere.
+
+        While a batch is resolved, the next one is compared with what comes before both: only the pairs between the two
+        have to wait until it is known which rows of the first stay.
+        """
+        self.compare = elsewhere(self.rows if self.held is None else RankedArray(self.held.rows.X))
+        batches = list(_even_blocks(len(self.position), self.batch_size))
+        before = slice(0, 0)
+        for batch, after in zip(batches, [*batches[1:], slice(0, 0)], strict=True):
+            now = self._blocks(batch, before, _FINE)
+            work = [*now, *self._blocks(after, slice(0, batch.start))]
+            # this thread waits for the others, as a backend may want to know that it does nothing meanwhile
+            with closing(self.compare(work)) as results, ThreadPoolExecutor(1) as thread:
+                answers = zip(work, results, strict=True)
+                for block, found in islice(answers, len(now)):
+                    self._merge(block, found)
+                judged = thread.submit(self._judge_alone, batch)
+                for block, found in answers:
+                    self._merge(block, found)
+                    if judged.done():
+                        judged.result()  # if it has failed, at once
+                judged.result()
+            before = batch
+
+    def _judge_alone(self, batch: slice) -> None:
+        """Resolve a batch that was compared with all better-ranked rows."""
+        held = self.held
+        self.held = _Around(self._take(batch), batch.start)
+        for part in _even_blocks(batch.stop - batch.start, max(_TILE_COLUMNS, self.strip_rows)):
+            self._judge(slice(batch.start + part.start, batch.start + part.stop))
+        self.held = held
+
+    def _blocks(self, batch: slice, others: slice, parts: int = 1) -> list[Block]:
+        """Cut the comparison of a batch with better-ranked rows into blocks, large ones first: they end together."""
+        rows = list(_even_blocks(batch.stop - batch.start, _BLOCK_ROWS // parts))
+        work = []
+        start = others.start
+        while rows and start < others.stop:
+            left = others.stop - start
+            size = max(_BLOCK_COLUMNS // parts, left * len(rows) // _BLOCKS)
+            stop = start + -(-left // -(-left // size))
+            removed = None if self.limit is None else np.packbits(self.removed[self.position[start:stop]])
+            work += [Block(batch.start + row.start, batch.start + row.stop, start, stop, removed) for row in rows]
+            start = stop
+        return work
+
+    def _merge(self, block: Block, found: tuple[Found, Found]) -> None:
+        """Take what was found for a block into account."""
+        for best, part in zip((self.best, self.witness), found, strict=True):
+            at, other = self.position[block.low + part.row], self.position[block.start + part.other]
+            best.improve(at, part.value, other)
+
     def _resolve(self, strip: _Strip, start: int, around: _Around) -> None:
         """Decide who stays of a strip, of which the first row has index `start`, once all is compared."""
         rows, position = strip.rows, strip.rows.position
         if self.limit is not None:
-            decides = self._decides(strip)
+            decides = strip.decides
             if ((decides.top >= self.low) & (decides.top <= self.high)).any():
                 decides.settle(around)
             duplicate = (decides.top > self.high) | (decides.best.value.astype(np.float32) >= self.limit)
@@ -499,10 +748,6 @@ class _Resolver:
             self.witness.position[at] = strip.kept.best.position[duplicate]
         strip.best.settle(around)
         self.best.value[position], self.best.position[position] = strip.best.best.value, strip.best.best.position
-
-    def _decides(self, strip: _Strip) -> _Candidates:
-        """Return the pairs that decide who is removed."""
-        return strip.kept if self.compare_to == "kept" else strip.best
 
     def _within(self, rows: _Rows, i: Indices, j: Indices, product: Float32) -> Bool:
         """Whether pairs of rows whose products are at least `low` are within eps."""
@@ -533,22 +778,33 @@ class _Resolver:
         origin = first[copies]
         origins, begin, group = np.unique(origin, return_index=True, return_inverse=True)
         last = copies[np.append(begin[1:], len(copies)) - 1]
-        for some in blocks(len(origins), _SLICE_ROWS):
-            at, until = origins[some], last[some]
-            mine = slice(*np.searchsorted(origin, (at[0], at[-1] + 1)))
-            low, high = np.searchsorted(self.position, (at[0], until.max()))
-            index = np.searchsorted(self.position, at)
-            left = self.held[index] if self.held is not None else _Rows(_gather(self.rows, index), self.square[at], at)
-            for tile in self._tiles(low, high):
-                for columns in blocks(len(tile.rows), _TILE_COLUMNS):
-                    right = tile.rows[columns]
-                    products = _products(left.X, right.X)
-                    least = float32_below(self.witness.value[at] - self.error)
-                    between = (right.position > at[:, None]) & (right.position < until[:, None])
-                    between &= ~self.removed[right.position]
-                    i, j = np.nonzero((products >= least[:, None]) & between)
-                    value = _pair_cosine(left, i, right, j)
-                    self._improve(copies[mine], group[mine] - some.start, i, right.position[j], value)
+        at_once = _SLICE_ROWS if self.elsewhere is None else self.batch_size
+        for some in blocks(len(origins), at_once):
+            mine = slice(*np.searchsorted(origin, (origins[some][0], origins[some][-1] + 1)))
+            work = list(self._between(origins[some], last[some]))
+            with closing(self.compare([block for _, block in work])) as answers:
+                for (first_row, block), (_, found) in zip(work, answers, strict=True):
+                    position = self.position[block.start + found.other]
+                    i = first_row + found.row.astype(np.int64)
+                    self._improve(copies[mine], group[mine] - some.start, i, position, found.value)
+
+    def _between(self, origins: Int64, last: Int64) -> Iterator[tuple[int, Between]]:
+        """Cut the search between rows and their last copies into blocks; yields the number of the first row, too."""
+        row, until = np.searchsorted(self.position, (origins, last))
+        least = float32_below(self.witness.value[origins] - self.error)
+        X = _gather(self.rows, row) if self.held is None else self.held.rows.X[row]
+        for part in blocks(len(row), _BLOCK_ROWS // 4):
+            low, high = int(row[part][0]), int(until[part].max())
+            for columns in _even_blocks(high - low, 4 * _BLOCK_COLUMNS):
+                start, stop = low + columns.start, low + columns.stop
+                removed = np.packbits(self.removed[self.position[start:stop]])
+                yield part.start, Between(X[part], row[part], until[part], least[part], start, stop, removed)
+
+    def _find(self, work: Sequence[Block | Between]) -> Generator[tuple[Found, Found], None, None]:
+        """Compare here."""
+        for block in work:
+            tiles = (tile.rows.X for tile in self._tiles(block.start, block.stop))
+            yield match_block(block, self.rows, tiles, None)
 
     def _improve(
         self,
@@ -585,6 +841,14 @@ class _Resolver:
         kept_match = self.witness.position
         kept_match[none] = -1
         return Matches(score, match, kept_score, kept_match, self.removed)
+
+
+def _bounds(eps: float | None, dim: int) -> tuple[float, float]:
+    """Products below the first are surely not within eps, those above the second surely are; infinite without eps."""
+    if eps is None:
+        return np.inf, np.inf
+    limit, error = float(threshold(eps)), product_error(dim)
+    return float(float32_below(limit - error)), float(np.float32(limit + error))
 
 
 def _joined(pairs: list[tuple[Indices, Indices, Float32]]) -> tuple[Indices, Indices, Float32]:

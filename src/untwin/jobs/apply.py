@@ -162,6 +162,8 @@ def _execute(
     record["peak_memory_bytes"] = peak_memory()
     record["seconds"] = round(time.perf_counter() - started, 3)
     folder.abort_uploads()
+    if executor.n_lost:
+        folder.remove_temporaries()
     storage.write_json(folder.run_path, record)
     return RunResult.from_run(folder, record)
 

@@ -158,6 +158,14 @@ class OutputFolder:
         self.abort_uploads()
         return ledger
 
+    def remove_temporaries(self) -> None:
+        """Remove files that were never completed. Only while the folder is locked, and once all units are done."""
+        if not is_remote(self.path):
+            for file in self.storage.find(self.path):
+                name = file.path[len(self.path) :].strip("/")
+                if not name.startswith("eps=") and re.fullmatch(_TEMPORARY, posixpath.basename(name)):
+                    self.storage.remove(file.path)
+
     def abort_uploads(self, *, answers: bool = False) -> None:
         """Abort uploads of our own that were never completed. Only while the folder is locked.
 

@@ -223,7 +223,7 @@ def run_record(
     models = collect(outcome, CentroidsTask)
     if models:
         shards = collect(outcome, ShardsTask)
-        judged = max(1, sum(sum(task.cluster_rows.values()) for task in shards))
+        judged = max(1, sum(task.n_judged for task in shards))
         record["kmeans"] = {
             "sample_rows": models[0].n_sampled,
             "dim": models[0].dim,

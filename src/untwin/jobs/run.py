@@ -203,6 +203,8 @@ class PreparedRun:
         record["files"]["rejected"] += write_skipped(self.listing, folder)
         record["seconds"] = round(time.perf_counter() - started, 3)
         folder.abort_uploads()
+        if self.executor.n_lost:
+            folder.remove_temporaries()
         folder.storage.write_json(folder.run_path, record)
         return self._finished(record, progress)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from untwin.stages.tasks import CentroidsTask, InputTask, ShardsTask
 from untwin.storage.files import join
 from untwin.storage.memory import space
 from untwin.storage.partitions import ROW, read_array
-from untwin.storage.shards import leave_shard, make_shard, write_batches
+from untwin.storage.shards import leave_shard, make_shard, write_slices
 
 IDS_SCHEMA = pa.schema([("h1", pa.uint64()), ("h2", pa.uint64()), ("vector", pa.uint64()), ("row", pa.int64())])
 
@@ -83,7 +83,7 @@ class _Assignment:
         self._group_of = np.repeat(
             np.arange(len(facts.group_starts) - 1, dtype=np.int32), np.diff(np.array(facts.group_starts))
         )
-        self._shards: list[tuple[str, int, int]] = []
+        self._shards: list[str] = []
         self._id_files: list[str] = []
         self._cluster_rows = np.zeros(job.plan.n_clusters, np.int64)
         self._sums = np.zeros(2)
@@ -99,13 +99,15 @@ class _Assignment:
         space().drop(held)
         path = join(job.rejected_path, f"invalid-{task.unit:06d}.parquet")
         rejected_path = unit.rejected.write(job.target, path, job.listing)
-        present = np.flatnonzero(self._cluster_rows)
+        counts_path = job.work_file("counts", f"{task.unit:06d}.counts")
+        job.target.write_bytes(counts_path, self._cluster_rows.tobytes())
         return ShardsTask(
             unit=task.unit,
             n_rows=task.n_rows,
             shards=tuple(self._shards),
             id_files=tuple(self._id_files),
-            cluster_rows=dict(zip(present.tolist(), self._cluster_rows[present].tolist(), strict=True)),
+            counts_path=counts_path,
+            n_judged=int(self._cluster_rows.sum()),
             rejected=add_counts(unit.reasons),
             sum_sq_dist=float(self._sums[0]),
             sum_cosine=float(self._sums[1]),
@@ -138,7 +140,7 @@ class _Assignment:
         leave_shard(job.target, path, shard, instead_of=held)
         self._write_keys(job.work_file("ids", name), keys)
         self._cluster_rows += np.bincount(labels, minlength=job.plan.n_clusters)
-        self._shards.append((path, int(keys[3, 0]), int(keys[3, -1]) + 1))
+        self._shards.append(path)
 
     def _write_keys(self, path: str, keys: NDArray[np.uint64]) -> None:
         parts = self._job.plan.id_partitions
@@ -146,10 +148,11 @@ class _Assignment:
         part = np.zeros(keys.shape[1], np.uint64) if parts == 1 else keys[0] >> shift
         order = np.argsort(part, kind="stable")
         bounds = np.searchsorted(part[order], np.arange(parts + 1))
-        batches = []
-        for number in range(parts):
-            chosen = order[bounds[number] : bounds[number + 1]]
-            h1, h2, vector, row = (pa.array(column[chosen]) for column in keys)
-            batches.append(pa.record_batch([h1, h2, vector, row.cast(pa.int64())], schema=IDS_SCHEMA))
-        write_batches(self._job.target, path, IDS_SCHEMA, batches)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for number in range(parts):
+                h1, h2, vector, row = keys[:, order[bounds[number] : bounds[number + 1]]]
+                yield pa.record_batch([h1, h2, vector, row.view(np.int64)], schema=IDS_SCHEMA)
+
+        write_slices(self._job.target, path, batches())
         self._id_files.append(path)

@@ -116,6 +116,11 @@ class Stage(ABC):
         """The folder that the stage writes to; None if it is one that a stage before it has written to."""
         return None
 
+    @property
+    def origin(self) -> tuple[Storage, str] | None:
+        """A file of the input that the stage reads; None if it reads only what stages before it have written."""
+        return None
+
     def scratch(self) -> tuple[str, ...]:
         """Folders that `finish` removes: nobody reads them once all units of the stage are done."""
         return ()

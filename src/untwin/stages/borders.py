@@ -51,9 +51,10 @@ from untwin.storage.columns import matrix_of
 from untwin.storage.files import Storage, join
 from untwin.storage.partitions import ROW, iterate_partition, read_array, read_table, result_path, write_array
 from untwin.storage.rows import batch_rows
-from untwin.storage.shards import make_shard, read_batch, write_batches, write_shard
+from untwin.storage.shards import Slices, make_shard, write_shard, write_slices
 
-_SHARD_BYTES = 32 << 20
+_SHARD_BYTES, _SLICE_BYTES = 32 << 20, 128 << 10
+"""Of a shard of visitors, at least, and for each group of clusters that it can have a slice for."""
 _BLOCK_BYTES = 8 << 20
 _SCRATCH = 32 << 20
 _SIDE_BYTES = 300
@@ -174,7 +175,11 @@ class VisitStage(_BordersStage):
 
     def memory(self, task: ClustersTask) -> int:
         """A batch with its products, a shard as collected and as written, and the centroids."""
-        return 2 * _SHARD_BYTES + self.minimum_memory(task)
+        return 2 * self._shard_bytes + self.minimum_memory(task)
+
+    @property
+    def _shard_bytes(self) -> int:
+        return max(_SHARD_BYTES, _SLICE_BYTES * self._n_groups)
 
     def minimum_memory(self, task: ClustersTask) -> int:
         """Shards can be smaller."""
@@ -187,7 +192,7 @@ class VisitStage(_BordersStage):
         assert self._nearest is not None
         far = reach(job.limit, task.dim)
         free = (context.memory - self.minimum_memory(task)) // 2
-        out = _Visitors(job, task, self._group_of, self._n_groups, min(_SHARD_BYTES, max(_BLOCK_BYTES, free)))
+        out = _Visitors(job, task, self._group_of, self._n_groups, min(self._shard_bytes, max(_BLOCK_BYTES, free)))
         probes: list[NDArray[np.int32]] = []
         names = pairwise.columns(task)
         for cluster in task.clusters:
@@ -222,7 +227,6 @@ class _Visitors:
         self._targets: list[NDArray[np.int32]] = []
         self._held = 0
         self._shards: list[str] = []
-        self._counts = np.zeros(n_groups, np.int64)
 
     def add(
         self,
@@ -249,15 +253,12 @@ class _Visitors:
         self._vectors = []
         sides = pa.Table.from_batches(self._sides)
         write_shard(self._job.target, path, make_shard(sides, vectors, targets, self._group_of, self._n_groups))
-        self._counts += np.bincount(self._group_of[targets], minlength=self._n_groups)
         self._shards.append(path)
         self._sides, self._targets, self._held = [], [], 0
 
     def finish(self, probes_path: str) -> VisitsTask:
         self._flush()
-        present = np.flatnonzero(self._counts)
-        counts = dict(zip(present.tolist(), self._counts[present].tolist(), strict=True))
-        return VisitsTask(self._task.unit, self._task.n_rows, tuple(self._shards), probes_path, counts)
+        return VisitsTask(self._task.unit, self._task.n_rows, tuple(self._shards), probes_path)
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ class CrossStage(_BordersStage):
 
     def __init__(self, borders: Borders) -> None:
         super().__init__(borders)
-        self._shards: tuple[str, ...] = ()
+        self._shards = Slices((), 0, "")
         self._probes: dict[int, str] = {}
         self._group_of: dict[int, int] = {}
         self._n_groups = 0
@@ -294,12 +295,13 @@ class CrossStage(_BordersStage):
         """The groups of clusters that are visited."""
         visits = upstream.of(VisitsTask)
         groups = self.borders.groups(upstream)
-        self._shards = tuple(shard for task in visits for shard in task.shards)
+        paths = tuple(shard for task in visits for shard in task.shards)
+        self._shards = Slices(paths, len(groups), self.borders.work_file("visitors", "_index.starts"))
+        counts = self._shards.collect(self.borders.target).tolist()
         self._probes = {task.unit: task.probes_path for task in visits}
         self._group_of = {cluster.centroid: at for at, group in enumerate(groups) for cluster in group.clusters}
         self._n_groups = len(groups)
         self._centroids = self.borders.read_centroids()
-        counts = [sum(task.n_visitors.get(at, 0) for task in visits) for at in range(len(groups))]
         return [
             HostsTask(group.unit, group.n_rows, at, group.dim, group.clusters, count)
             for at, (group, count) in enumerate(zip(groups, counts, strict=True))
@@ -357,8 +359,7 @@ class CrossStage(_BordersStage):
     def _visitors(self, group: int, most_rows: int) -> Iterator[list[pa.RecordBatch]]:
         """The visitors of a group, some at a time; each batch is in the order of the clusters that they visit."""
         held: list[pa.RecordBatch] = []
-        for path in self._shards:
-            batch = read_batch(self.borders.target, path, group)
+        for batch in self._shards.batches(self.borders.target, group):
             for low in range(0, batch.num_rows, most_rows):
                 part = batch.slice(low, most_rows)
                 if sum(other.num_rows for other in held) + part.num_rows > most_rows:
@@ -505,9 +506,9 @@ class _CrossPairs:
         order = np.argsort(groups, kind="stable")
         table = table.take(pa.array(order))
         bounds = np.searchsorted(groups[order], np.arange(self._n_groups + 1))
-        batches = [_one_batch(table.slice(low, high - low)) for low, high in itertools.pairwise(bounds)]
+        batches = (_one_batch(table.slice(low, high - low)) for low, high in itertools.pairwise(bounds))
         path = self._job.work_file("across", f"{self._task.unit:06d}-{len(self._shards):04d}.arrow")
-        write_batches(self._job.target, path, table.schema, batches)
+        write_slices(self._job.target, path, batches)
         self._shards.append(path)
 
     def finish(self) -> CrossedTask:
@@ -529,14 +530,16 @@ class ReopenStage(_BordersStage):
 
     def __init__(self, borders: Borders) -> None:
         super().__init__(borders)
-        self._shards: tuple[str, ...] = ()
+        self._shards = Slices((), 0, "")
         self._group_of: dict[int, int] = {}
         self._inside: dict[int, PairsTask] = {}
 
     def units(self, upstream: Upstream) -> Sequence[ClustersTask]:
         """The groups of clusters."""
         groups = self.borders.groups(upstream)
-        self._shards = tuple(shard for task in upstream.of(CrossedTask) for shard in task.shards)
+        paths = tuple(shard for task in upstream.of(CrossedTask) for shard in task.shards)
+        self._shards = Slices(paths, len(groups), self.borders.work_file("across", "_index.starts"))
+        self._shards.collect(self.borders.target)
         self._group_of = {group.unit: at for at, group in enumerate(groups)}
         self._inside = {task.unit: task for task in upstream.of(PairsTask)}
         return groups
@@ -562,10 +565,8 @@ class ReopenStage(_BordersStage):
     def process(self, task: ClustersTask, context: Context) -> ReopenedTask:
         """Look at the clusters of a group that pairs across borders touch."""
         job = self.borders
-        batches = [read_batch(job.target, path, self._group_of[task.unit]) for path in self._shards]
-        across = (
-            pa.Table.from_batches([batch for batch in batches if batch.num_rows] or batches[:1]) if batches else None
-        )
+        batches = list(self._shards.batches(job.target, self._group_of[task.unit]))
+        across = pa.Table.from_batches(batches) if batches else None
         rows = np.asarray(read_array(job.target, self._inside[task.unit].rows_path), np.int64)
         kept: list[NDArray[np.int64]] = []
         opened: list[NDArray[np.int64]] = []

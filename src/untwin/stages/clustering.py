@@ -89,6 +89,12 @@ class Clustering:
         (path,), (row,) = self.listing.locate(np.array([rows.first_row]))
         return f"{redact(path)}, from row {row} on"
 
+    @property
+    def origin(self) -> tuple[Storage, str] | None:
+        """The first file of the input."""
+        paths = self.listing.files["path"]
+        return (self.source, paths[0].as_py()) if len(paths) else None
+
     def input_units(self) -> list[InputTask]:
         """The units of input that the plan made."""
         bounds = self.plan.input_units

@@ -12,11 +12,11 @@ from untwin.stages.base import Context, Stage, Upstream
 from untwin.stages.clustering import Clustering
 from untwin.stages.judging import RejectedRows
 from untwin.stages.tasks import CentroidsTask, Cluster, ClustersTask, RepeatsTask, ShardsTask
-from untwin.storage.bitmap import byte_range, empty_bitmap, get_bits, set_bits
+from untwin.storage.bitmap import bits_of, empty_bitmap, set_bits
 from untwin.storage.columns import Reason, vector_array
 from untwin.storage.files import join
 from untwin.storage.partitions import ROW, hold, partition_path, read_array, write_partition
-from untwin.storage.shards import GroupRows, read_group
+from untwin.storage.shards import GroupRows, Slices
 
 
 class GatherStage(Stage):
@@ -28,7 +28,7 @@ class GatherStage(Stage):
 
     def __init__(self, clustering: Clustering) -> None:
         self.clustering = clustering
-        self._shards: tuple[tuple[str, int, int], ...] = ()
+        self._shards = Slices((), 0, "")
         self._repeated: dict[Reason, str] = {}
 
     def units(self, upstream: Upstream) -> Sequence[ClustersTask]:
@@ -36,12 +36,13 @@ class GatherStage(Stage):
         job = self.clustering
         (model,) = upstream.of(CentroidsTask)
         assigned = upstream.of(ShardsTask)
-        self._shards = tuple(shard for task in assigned for shard in task.shards)
+        paths = tuple(shard for task in assigned for shard in task.shards)
+        self._shards = Slices(paths, len(model.group_starts) - 1, job.work_file("shards", "_index.starts"))
+        self._shards.collect(job.target)
         self._collect_repeats([task.path for task in upstream.of(RepeatsTask) if task.n_repeated])
         rows = np.zeros(job.plan.n_clusters, np.int64)
-        for task in assigned:
-            for cluster, count in task.cluster_rows.items():
-                rows[cluster] += count
+        for counts in job.target.read_ranges([(task.counts_path, 0, rows.nbytes) for task in assigned]):
+            rows += np.frombuffer(counts, np.int64)
         units = []
         for group, (low, high) in enumerate(zip(model.group_starts[:-1], model.group_starts[1:], strict=True)):
             clusters = tuple(Cluster(k, int(rows[k]), ()) for k in range(low, high) if rows[k])
@@ -73,13 +74,19 @@ class GatherStage(Stage):
         self.clustering.target.remove(self.clustering.work_path)
 
     def memory(self, task: ClustersTask) -> int:
-        """The group's rows: as read, in the order of clusters, and on their way into a file."""
-        return int(2.5 * 4 * task.dim * task.n_rows) + (32 << 20)
+        """The group's rows in the order of clusters, slices of shards on their way there, and a cluster into a file."""
+        largest = min(task.n_rows, max(cluster.n_rows for cluster in task.clusters))  # an estimate can be larger
+        return int(1.2 * 4 * task.dim * (task.n_rows + largest)) + self._bitmap_bytes + (32 << 20)
+
+    @property
+    def _bitmap_bytes(self) -> int:
+        """Of the rows that repeat an id: a bit for each row, if there are any."""
+        return len(self._repeated) * self.clustering.plan.n_rows // 8
 
     def minimum_memory(self, task: ClustersTask) -> int:
         """A single cluster can be written shard by shard."""
         if len(task.clusters) == 1:
-            return min(self.memory(task), 2 * self.clustering.plan.unit_bytes + (32 << 20))
+            return min(self.memory(task), 2 * self.clustering.plan.unit_bytes + self._bitmap_bytes + (32 << 20))
         return self.memory(task)
 
     def process(self, task: ClustersTask, context: Context) -> ClustersTask:
@@ -97,31 +104,41 @@ class GatherStage(Stage):
 
     def _write_together(self, task: ClustersTask, rejected: RejectedRows) -> tuple[Cluster, ...]:
         job = self.clustering
-        parts = list(self._parts(task.unit, rejected))
-        labels = np.concatenate([part.labels for part in parts])
-        order = np.argsort(labels, kind="stable")
-        labels = labels[order]
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order))
-        vectors = np.empty((len(order), task.dim), np.float32)
-        filled = 0
-        for part in parts:
-            part.copy_vectors(vectors, place[filled : filled + len(part)])
-            filled += len(part)
-        side = pa.Table.from_batches([part.columns for part in parts]).take(pa.array(order)).combine_chunks()
-        del parts
+        # where each cluster begins; rows that are set aside leave a gap at its end
+        first = task.clusters[0].centroid
+        sizes = np.zeros(task.clusters[-1].centroid - first + 1, np.int64)
+        for cluster in task.clusters:
+            sizes[cluster.centroid - first] = cluster.n_rows
+        begin = np.cumsum(sizes) - sizes
+        free = begin.copy()
+        vectors = np.empty((int(sizes.sum()), task.dim), np.float32)
+        sides, places = [], [np.empty(0, np.int64)]
+        for part in self._parts(task.unit, rejected):
+            at = part.labels - first  # not decreasing
+            counts = np.bincount(at, minlength=len(sizes))
+            places.append((free - np.cumsum(counts) + counts)[at] + np.arange(len(at)))
+            part.copy_vectors(vectors, places[-1])
+            free += counts
+            sides.append(part.columns)
+        order = np.argsort(np.concatenate(places))
+        side = pa.Table.from_batches(sides).take(pa.array(order)).combine_chunks()
+        del sides, places
+        n_rows = free - begin
         clusters: list[Cluster] = []
         held: dict[str, pa.Table] = {}
         schema = job.partition_schema(task.dim)
         for cluster in task.clusters:
-            low, high = np.searchsorted(labels, [cluster.centroid, cluster.centroid + 1])
-            if low == high:
+            number = cluster.centroid - first
+            count = int(n_rows[number])
+            if not count:
                 continue
-            table = self._partition(side.slice(low, high - low), vectors[low:high], schema)
+            table = self._partition(
+                side.slice(int(n_rows[:number].sum()), count), vectors[begin[number] :][:count], schema
+            )
             path = partition_path(job.output_path, cluster.centroid)
             write_partition(job.target, path, schema, [table])
             held[path] = table
-            clusters.append(Cluster(cluster.centroid, int(high - low), (path,)))
+            clusters.append(Cluster(cluster.centroid, count, (path,)))
         hold(job.target, held)
         return tuple(clusters)
 
@@ -142,26 +159,17 @@ class GatherStage(Stage):
         return side.append_column(self.clustering.fields.embedding_field, vector_array(vectors)).select(schema.names)
 
     def _parts(self, group: int, rejected: RejectedRows) -> Iterator[GroupRows]:
-        job = self.clustering
-        for path, first_row, end_row in self._shards:
-            rows = read_group(job.target, path, group)
-            if len(rows) and self._repeated:
-                rows = self._without_repeats(rows, first_row, end_row, rejected)
-            yield rows
-
-    def _without_repeats(self, rows: GroupRows, first_row: int, end_row: int, rejected: RejectedRows) -> GroupRows:
-        numbers = rows.columns.column(ROW).to_numpy()
-        reasons = np.zeros(len(numbers), np.uint8)
-        for reason, path in self._repeated.items():
-            reasons[self._bits(path, first_row, end_row)[numbers - first_row]] = reason
-        if not reasons.any():
-            return rows
-        repeated = np.flatnonzero(reasons)
-        ids = rows.columns.column(self.clustering.fields.id_field).take(pa.array(repeated))
-        rejected.add(ids, numbers[repeated], reasons[repeated])
-        return rows.take(np.flatnonzero(reasons == 0))
-
-    def _bits(self, path: str, first_row: int, end_row: int) -> NDArray[np.bool_]:
-        start, length = byte_range(first_row, end_row - first_row)
-        part = np.frombuffer(self.clustering.target.read_range(path, start, length), np.uint8)
-        return get_bits(part, first_row, end_row - first_row)
+        target = self.clustering.target
+        repeated = {reason: np.frombuffer(target.read_bytes(path), np.uint8) for reason, path in self._repeated.items()}
+        for rows in self._shards.rows(target, group):
+            numbers = rows.columns.column(ROW).to_numpy()
+            reasons = np.zeros(len(numbers), np.uint8)
+            for reason, bitmap in repeated.items():
+                reasons[bits_of(bitmap, numbers)] = reason
+            if not reasons.any():
+                yield rows
+                continue
+            aside = np.flatnonzero(reasons)
+            ids = rows.columns.column(self.clustering.fields.id_field).take(pa.array(aside))
+            rejected.add(ids, numbers[aside], reasons[aside])
+            yield rows.take(np.flatnonzero(reasons == 0))

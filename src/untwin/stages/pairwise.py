@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+import uuid
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,17 @@ from numpy.typing import NDArray
 
 from untwin.core import (
     EPS_GRID,
+    Between,
+    Block,
+    BlockMap,
+    Elsewhere,
+    Found,
     Matches,
     RankedArray,
     RankedRows,
     blocks,
     is_duplicate,
+    match_block,
     match_ranked,
     normalize,
     score_counts,
@@ -45,7 +53,7 @@ from untwin.storage.columns import (
     list_lengths,
     matrix_of,
 )
-from untwin.storage.files import Storage, is_remote, join, normalize_path, redact
+from untwin.storage.files import Storage, is_remote, join, normalize_path, read_ahead, redact
 from untwin.storage.partitions import (
     ROW,
     find_partitions,
@@ -56,7 +64,7 @@ from untwin.storage.partitions import (
     write_array,
 )
 from untwin.storage.rows import batch_rows
-from untwin.storage.spool import RankedFile, VectorFile, scratch_folder
+from untwin.storage.spool import RankedFile, SharedFile, VectorFile, scratch_folder
 
 METADATA_KEY = b"untwin"
 _UNIT_BYTES = 32 << 20
@@ -67,11 +75,38 @@ _SPOOLED_BYTES = 8 << 20
 _SIDE_BYTES = 300
 """Of a row's ids, metadata and results while a cluster is compared."""
 _SCRATCH = 32 << 20
+_SPREAD_WORK = 1 << 38
+"""Rows squared times elements from which a cluster is compared by other workers, too: some seconds of one core."""
+_SPREAD_BATCHES = 128
+_SPREAD_ROWS = 4096, 16384
+"""Wanted number of batches, each of which its unit resolves by itself, and limits to their rows."""
+_READ_BYTES = 16 << 20
 
 
 def _spooled_batch(dim: int) -> int:
     """Rows that are compared at a time where they are read from the disk."""
     return max(256, min(4096, _SPOOLED_BYTES // (4 * dim)))
+
+
+def _spread_batch(n_rows: int, dim: int, memory: int) -> int:
+    """Rows that are resolved at a time where others compare them with better-ranked ones; an eighth of the memory."""
+    least, most = _SPREAD_ROWS
+    return max(256, min(max(least, n_rows // _SPREAD_BATCHES), most, memory // (32 * dim)))
+
+
+def _tile_rows(dim: int, memory: int) -> int:
+    """Rows that a call reads at a time: three times as many lie in memory, and products of them."""
+    return max(256, min(_READ_BYTES, memory // 16) // (4 * dim))
+
+
+def _compare_block(file: SharedFile, eps: float | None, tile_rows: int, block: Block | Between) -> tuple[Found, Found]:
+    """Compare a block of rows of a file; runs on any worker."""
+
+    def tiles() -> Iterator[NDArray[np.float32]]:
+        for start in range(block.start, block.stop, tile_rows):
+            yield file.take(start, min(start + tile_rows, block.stop))
+
+    return match_block(block, file, read_ahead(tiles, depth=1), eps)
 
 
 class PairwiseStage(Stage):
@@ -237,7 +272,7 @@ class PairwiseStage(Stage):
         raise InputNotFoundError(f"{redact(', '.join(self.input_paths))}: the clusters hold no rows")
 
     def scratch(self) -> tuple[str, ...]:
-        """Files of clusters that do not fit the memory."""
+        """Files of clusters that do not fit the memory, or that other workers compare, too."""
         return (self._work_path,)
 
     def finish(self) -> None:
@@ -323,14 +358,41 @@ class PairwiseStage(Stage):
         """Rows without vectors, in the order of the files; their rank order; and their matches."""
         with ExitStack() as stack:
             table, order, rows = self.load(cluster, task, context, stack)
+            batch_size = _spooled_batch(task.dim) if isinstance(rows, RankedFile) else self.pairwise_batch_size
+            spread = context.spread is not None and cluster.n_rows**2 * task.dim >= _SPREAD_WORK
+            if spread:
+                free = context.memory - _SIDE_BYTES * cluster.n_rows
+                batch_size = _spread_batch(cluster.n_rows, task.dim, free)
             matches = match_ranked(
                 rows,
                 eps=self.eps,
                 compare_to=self.compare_to,  # type: ignore[arg-type]
-                batch_size=_spooled_batch(task.dim) if isinstance(rows, RankedFile) else self.pairwise_batch_size,
+                batch_size=batch_size,
                 executor_map=context.map if context.threads > 1 else None,
+                elsewhere=self._elsewhere(cluster, context, stack) if spread else None,
             )
             return table, order, matches
+
+    def _elsewhere(self, cluster: Cluster, context: Context, stack: ExitStack) -> Elsewhere:
+        """Have blocks of a cluster compared by other workers, which read its vectors from the scratch folder."""
+        spread = context.spread
+        assert spread is not None
+        # another attempt at this unit may still be running
+        path = join(self._work_path, f"cluster_{cluster.centroid}-{uuid.uuid4().hex}.f32")
+
+        def share(rows: RankedRows) -> BlockMap:
+            file = SharedFile(self.target, path, rows.n, rows.dim)
+            stack.callback(self.target.remove, path)
+            file.write(rows.take(part.start, part.stop) for part in blocks(rows.n, batch_rows(rows.dim)))
+            function = partial(_compare_block, file, self.eps, _tile_rows(rows.dim, context.memory))
+
+            def compare(work: Sequence[Block | Between]) -> Generator[tuple[Found, Found], None, None]:
+                if work:
+                    yield from spread(function, work)
+
+            return compare
+
+        return share
 
     def _spooled(self, cluster: Cluster, task: ClustersTask, spool: VectorFile) -> pa.Table:
         """Copy a cluster's vectors to the spool; returns its other columns.

@@ -15,7 +15,7 @@ from untwin.stages.tasks import RepeatsTask, ShardsTask
 from untwin.storage.columns import Reason, decode_ids
 from untwin.storage.files import redact
 from untwin.storage.partitions import write_array
-from untwin.storage.shards import read_batch
+from untwin.storage.shards import Slices
 
 _SHOWN = 10
 
@@ -32,14 +32,16 @@ class RepeatsStage(Stage):
 
     def __init__(self, clustering: Clustering) -> None:
         self._clustering = clustering
-        self._id_files: tuple[str, ...] = ()
+        self._id_files = Slices((), 0, "")
 
     def units(self, upstream: Upstream) -> Sequence[Task]:
         """One unit for each part of the hashes."""
         shards = upstream.of(ShardsTask)
         _check_rejected(shards, self._clustering.plan.n_rows)
-        self._id_files = tuple(path for task in shards for path in task.id_files)
-        parts = self._clustering.plan.id_partitions
+        job, parts = self._clustering, self._clustering.plan.id_partitions
+        paths = tuple(path for task in shards for path in task.id_files)
+        self._id_files = Slices(paths, parts, job.work_file("ids", "_index.starts"))
+        self._id_files.collect(job.target)
         n_rows = sum(task.n_rows for task in shards)
         return [Task(part, n_rows * (part + 1) // parts - n_rows * part // parts) for part in range(parts)]
 
@@ -50,7 +52,7 @@ class RepeatsStage(Stage):
     def process(self, task: Task, context: Context) -> RepeatsTask:
         """Find the rows of a part that repeat an id."""
         job = self._clustering
-        batches = [read_batch(job.target, path, task.unit) for path in self._id_files]
+        batches = list(self._id_files.batches(job.target, task.unit))
         if not batches:
             return RepeatsTask(task.unit, task.n_rows, "", 0, {})
         table = pa.Table.from_batches(batches)

@@ -45,6 +45,11 @@ class SampleStage(Stage):
         """The folder that the stage writes to."""
         return self._clustering.target, self._clustering.output_path
 
+    @property
+    def origin(self) -> tuple[Storage, str] | None:
+        """The first file of the input."""
+        return self._clustering.origin
+
     def units(self, upstream: Upstream) -> Sequence[Task]:
         """The plan's input units."""
         job = self._clustering

@@ -56,18 +56,20 @@ class ShardsTask(Task):
     """An input unit assigned to clusters.
 
     Attributes:
-        shards: Path, first row, end row of each shard.
+        shards: Paths of the shards.
         id_files: Paths of id hashes.
-        cluster_rows: Rows of each non-empty cluster.
+        counts_path: File of the rows of each cluster, (K,) int64.
+        n_judged: Rows in the shards.
         rejected: Rows of each reason.
         sum_sq_dist: Sum of squared distances to the centroids.
         sum_cosine: Sum of cosines to the centroids.
         rejected_path: File of the rejected rows; empty if there are none.
     """
 
-    shards: tuple[tuple[str, int, int], ...]
+    shards: tuple[str, ...]
     id_files: tuple[str, ...]
-    cluster_rows: Mapping[int, int]
+    counts_path: str
+    n_judged: int
     rejected: Mapping[str, int]
     sum_sq_dist: float
     sum_cosine: float
@@ -149,14 +151,12 @@ class VisitsTask(Task):
     """The rows of some clusters, sent to other clusters that they are compared with.
 
     Attributes:
-        shards: Files with a batch of rows for each group of clusters.
+        shards: Files with a slice of rows for each group of clusters.
         probes_path: For each row the other clusters that it is compared with, (n_rows, probes - 1) int32.
-        n_visitors: Rows sent to each group, where there are any.
     """
 
     shards: tuple[str, ...]
     probes_path: str
-    n_visitors: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class CrossedTask(Task):
     """Pairs within eps across the borders of some clusters.
 
     Attributes:
-        shards: Files with a batch of pairs for each group of clusters.
+        shards: Files with a slice of pairs for each group of clusters.
         n_products: Pairs of rows whose similarity was computed.
         n_bounds: Pairs of rows for which a bound of it was computed.
         n_pairs: Pairs of rows within eps.

@@ -5,6 +5,7 @@ Local folders use the operating system directly; every other URL goes through fs
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import errno
@@ -20,8 +21,8 @@ import shutil
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,10 @@ _IS_THERE = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 """Answers to a conditional write that say that another one was first."""
 _UNKNOWN_CONDITION = ("NotImplemented", "501")
 _REMOVALS = 3
+_RANGES_AHEAD, _BYTES_AHEAD = 16, 32 << 20
+"""Ranges of remote files that are asked for at a time; more wait until these are taken."""
+_CONNECTIONS = 64
+"""To an object storage; botocore's own limit of 10 would be less than one unit of work uses."""
 _log = logging.getLogger("untwin")
 
 
@@ -201,8 +206,11 @@ def join(folder: str, *names: str) -> str:
 def _filesystem(protocol: str, options: str) -> Any:
     import fsspec
 
+    given = json.loads(options)
+    if protocol in _EXTRAS:
+        given["config_kwargs"] = {"max_pool_connections": _CONNECTIONS, **given.get("config_kwargs", {})}
     try:
-        return fsspec.filesystem(protocol, use_listings_cache=False, **json.loads(options))
+        return fsspec.filesystem(protocol, use_listings_cache=False, **given)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         hint = f"pip install 'untwin[{extra}]'" if extra else f"install the package that fsspec needs: {error}"
@@ -387,6 +395,41 @@ class Storage:
         with pa.OSFile(path, "rb") as source:
             return bytes(source.read_at(length, start))
 
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[pa.Buffer]:
+        """Parts of files, in order; remote ones several at a time, so that their latency does not add up.
+
+        Args:
+            ranges: Path, first byte and number of bytes of each, all local or all remote.
+
+        Raises:
+            DamagedFileError: A file ends before.
+        """
+        if not ranges or not is_remote(ranges[0][0]):
+            yield from (self._read_local(*wanted) for wanted in ranges)
+            return
+        ahead: collections.deque[Future[pa.Buffer]] = collections.deque()
+        sizes: collections.deque[int] = collections.deque()
+        pool = ThreadPoolExecutor(_RANGES_AHEAD, "untwin-ranges")
+        try:
+            for wanted in ranges:
+                while ahead and (len(ahead) == _RANGES_AHEAD or sum(sizes) + wanted[2] > _BYTES_AHEAD):
+                    sizes.popleft()
+                    yield ahead.popleft().result()
+                ahead.append(pool.submit(self._read_remote, *wanted))
+                sizes.append(wanted[2])
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read_local(self, path: str, start: int, length: int) -> pa.Buffer:
+        with self._explained(path), pa.OSFile(path, "rb") as source:
+            source.seek(start)
+            return _of_length(path, source.read_buffer(length), length)
+
+    def _read_remote(self, path: str, start: int, length: int) -> pa.Buffer:
+        return _of_length(path, pa.py_buffer(self.read_range(path, start, length)), length)
+
     @contextlib.contextmanager
     def writing(self, path: str, *, durable: bool = False) -> Iterator[pa.NativeFile]:
         """Write a file that appears under its name only when it is complete.
@@ -512,8 +555,14 @@ class Storage:
         self.write_bytes(path, (text + "\n").encode(), durable=durable)
 
     def remove(self, path: str) -> None:
-        """Remove a file, or a folder with all that is below it; also what is held in memory instead."""
+        """Remove a file, or a folder with all that is below it; also what is held in memory instead.
+
+        A file that the unit at work has written itself is none of those that it leaves.
+        """
         space().drop(path)
+        recording = _recording.get()
+        if recording is not None:
+            recording.files.pop(path, None)
         if is_remote(path):
             fs = self._fs(path)
             with self._explained(path):
@@ -590,6 +639,12 @@ class _RemoteSource:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
+
+
+def _of_length(path: str, buffer: pa.Buffer, length: int) -> pa.Buffer:
+    if buffer.size != length:
+        raise DamagedFileError(f"{redact(path)}: cannot be read (it is cut off); remove the file, then run again")
+    return buffer
 
 
 def _is_clients(error: BaseException | None) -> bool:

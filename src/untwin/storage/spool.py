@@ -1,14 +1,21 @@
-"""Vectors on the local disk: for a cluster, or a sample, that is larger than the memory it may use."""
+"""Vectors in files: for a cluster, or a sample, that is larger than the memory it may use or that others read, too."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
+
+from untwin.storage.files import Storage, is_remote
+
+_PIECE_BYTES = 4 << 20
+_REMOTE_READS = 8
 
 
 class VectorFile:
@@ -88,6 +95,41 @@ class RankedFile:
     def take(self, lo: int, hi: int) -> NDArray[np.float32]:
         """The vectors ranked `lo` up to `hi`, (hi - lo, D)."""
         return self._file.take(self._order[lo:hi])
+
+
+@dataclass(frozen=True)
+class SharedFile:
+    """(n, D) float32 rows in a file that other processes read as well, on any storage; picklable."""
+
+    storage: Storage
+    path: str
+    n: int
+    dim: int
+
+    def write(self, parts: Iterable[NDArray[np.float32]]) -> None:
+        """Write (m, D) parts, one below the other."""
+        with self.storage.writing(self.path) as sink:
+            for part in parts:
+                sink.write(part.astype("<f4", order="C", copy=False).tobytes())
+
+    def take(self, lo: int, hi: int) -> NDArray[np.float32]:
+        """Rows `lo` to `hi - 1`, (hi - lo, D); from remote storage by a few requests at the same time."""
+        out = np.empty((hi - lo, self.dim), np.float32)
+        width = 4 * self.dim
+        step = max(1, _PIECE_BYTES // width)
+
+        def read(start: int) -> None:
+            piece = out[start : start + step]
+            data = self.storage.read_range(self.path, (lo + start) * width, piece.nbytes)
+            piece[...] = np.frombuffer(data, "<f4").reshape(piece.shape)
+
+        if not is_remote(self.path):
+            for start in range(0, hi - lo, step):
+                read(start)
+            return out
+        with ThreadPoolExecutor(_REMOTE_READS) as pool:
+            list(pool.map(read, range(0, hi - lo, step)))
+        return out
 
 
 def scratch_folder(path: str, *, remote: bool) -> str | None:
