@@ -124,10 +124,10 @@ _shared = [
     click.option("--workers", type=int, metavar="N", help="Most units of work at a time. [default: all cores]"),
     click.option(
         "--backend",
-        type=click.Choice(["local", "ray"]),
+        type=click.Choice(["local", "ray", "xenna"]),
         default="local",
         show_default=True,
-        help="Where the work runs: threads of this process, or a Ray cluster.",
+        help="Where the work runs: threads of this process, or a Ray cluster, by itself or through cosmos-xenna.",
     ),
     click.option(
         "--ray-address",

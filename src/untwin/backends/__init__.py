@@ -5,7 +5,7 @@ from __future__ import annotations
 from untwin.backends.base import Executor
 from untwin.errors import ParameterError
 
-BACKENDS = ("local", "ray")
+BACKENDS = ("local", "ray", "xenna")
 
 
 def make_executor(
@@ -17,7 +17,7 @@ def make_executor(
         backend: One of `BACKENDS`.
         workers: Most units of work at a time; default: all cores.
         memory: Bytes that the data in work may take on each machine.
-        ray_address: Of a running cluster, for `ray`.
+        ray_address: Of a running cluster, for `ray` and `xenna`.
 
     Raises:
         ParameterError: No such backend.
@@ -28,6 +28,10 @@ def make_executor(
         from untwin.backends.ray import RayExecutor
 
         return RayExecutor(ray_address, workers, memory)
+    if backend == "xenna":
+        from untwin.backends.xenna import XennaExecutor
+
+        return XennaExecutor(ray_address, workers, memory)
     if backend != "local":
         raise ParameterError(f"backend is {backend!r}; known are {', '.join(BACKENDS)}")
     if ray_address is not None:

@@ -59,7 +59,7 @@ def apply(
         kept: `compact`, `mirror` or `none`; default: as in the run.
         memory: Budget, as bytes or as in "4GB".
         workers: Most units of work at a time.
-        backend: `local` or `ray`.
+        backend: `local`, `ray` or `xenna`.
         ray_address: Of a running Ray cluster, as in `untwin.deduplicate`.
         storage_options: For fsspec.
         progress: Gets told how far the work is.

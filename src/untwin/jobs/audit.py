@@ -46,7 +46,7 @@ def audit(
         max_sample: Sample no more than about so many rows.
         memory: Budget, as bytes or as in "4GB".
         workers: Most units of work at a time.
-        backend: `local` or `ray`.
+        backend: `local`, `ray` or `xenna`.
         ray_address: Of a running Ray cluster, as in `untwin.deduplicate`.
         storage_options: For fsspec.
         progress: Gets told how far the work is.

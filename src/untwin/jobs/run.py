@@ -485,7 +485,7 @@ def deduplicate(
         memory: Budget, as bytes or as in "4GB"; default half of the memory of the machine or container; on a cluster
             of each machine.
         workers: Most units of work at a time; default: the cores this process may use, or those of the cluster.
-        backend: `local` or `ray`.
+        backend: `local`, `ray` or `xenna`.
         ray_address: Of a running Ray cluster: `auto`, `host:port` or `ray://host:port`; default: the one in the
             environment variable RAY_ADDRESS, else one that is started on this machine.
         storage_options: For fsspec, input and output alike; never written or shown.
