@@ -30,7 +30,7 @@ from untwin.core import (
 from untwin.errors import DamagedFileError, InputNotFoundError, ParameterError, SchemaError
 from untwin.plan import split_evenly
 from untwin.stages import checks
-from untwin.stages.base import Context, Stage, Upstream, require_empty, storage_of
+from untwin.stages.base import Context, Stage, Upstream, require_empty, storage_of, where_data_is
 from untwin.stages.clustering import EXAMPLES_SEED
 from untwin.stages.gather import GatherStage
 from untwin.stages.ids import hash_ids
@@ -186,7 +186,7 @@ class PairwiseStage(Stage):
         """The clusters that the stage before made, or those found in the input folder."""
         if upstream.stages:
             return [task for task in upstream.last if isinstance(task, ClustersTask)]
-        return self._found_units() if self.clusters is None else self.clusters
+        return where_data_is(self._found_units) if self.clusters is None else self.clusters
 
     def _found_units(self) -> list[ClustersTask]:
         found = find_partitions(self.source, self.input_paths)

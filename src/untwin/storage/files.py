@@ -20,8 +20,9 @@ import shutil
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,7 @@ _IS_THERE = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 """Answers to a conditional write that say that another one was first."""
 _UNKNOWN_CONDITION = ("NotImplemented", "501")
 _REMOVALS = 3
+_REMOTE_READS = 16
 _log = logging.getLogger("untwin")
 
 
@@ -634,6 +636,25 @@ def _checksum(path: Path) -> tuple[int, int]:
 def _found(path: str, info: Mapping[str, Any]) -> FoundFile:
     version = info.get("VersionId") or info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
     return FoundFile(path, int(info["size"]), str(version))
+
+
+def read_many(read: Callable[[str], T], paths: Sequence[str], *, at_a_time: int = _REMOTE_READS) -> Iterator[T]:
+    """`map` for small reads: some at a time where each waits for a remote storage, no further ahead than that."""
+    if not paths or not is_remote(paths[0]):
+        yield from map(read, paths)
+        return
+    pending: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(at_a_time)
+    try:
+        for path in paths:
+            # a copy each: a context cannot be entered twice
+            pending.append(pool.submit(contextvars.copy_context().run, read, path))
+            if len(pending) >= at_a_time:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_ahead(produce: Callable[[], Iterator[T]], *, depth: int = 2) -> Iterator[T]:
