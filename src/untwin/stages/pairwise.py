@@ -45,7 +45,7 @@ from untwin.storage.columns import (
     list_lengths,
     matrix_of,
 )
-from untwin.storage.files import Storage, is_remote, join, normalize_path, redact
+from untwin.storage.files import Storage, Writes, is_remote, join, normalize_path, redact
 from untwin.storage.partitions import (
     ROW,
     find_partitions,
@@ -269,16 +269,17 @@ class PairwiseStage(Stage):
         examples = Examples()
         rows: list[NDArray[np.int64]] = []
         sizes: list[tuple[int, int]] = []
-        for cluster in task.clusters:
-            table, order, matches = self._match(cluster, task, context)
-            ids = table[self.id_field].combine_chunks().take(pa.array(order))
-            result = _result(ids, matches)
-            self.write_result(self.output_path, cluster.centroid, result)
-            counts += score_counts(matches.score)
-            examples.add(ids, result["max_id"], matches.score)
-            sizes.append((cluster.centroid, cluster.n_rows))
-            if task.has_rows:
-                rows.append(table[ROW].to_numpy()[order])
+        with Writes(self.output_path) as writes:
+            for cluster in task.clusters:
+                table, order, matches = self._match(cluster, task, context)
+                ids = table[self.id_field].combine_chunks().take(pa.array(order))
+                result = _result(ids, matches)
+                writes.add(result.nbytes, self.write_result, self.output_path, cluster.centroid, result)
+                counts += score_counts(matches.score)
+                examples.add(ids, result["max_id"], matches.score)
+                sizes.append((cluster.centroid, cluster.n_rows))
+                if task.has_rows:
+                    rows.append(table[ROW].to_numpy()[order])
         rows_path = ""
         if task.has_rows:
             rows_path = join(self.output_path, "_rows", f"unit-{task.unit:06d}.npy")

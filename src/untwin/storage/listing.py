@@ -154,6 +154,7 @@ class Listing:
                 group_rows=tuple(row["group_rows"][low:high]),
                 group_starts=tuple(starts[low:high]),
                 end=starts[high] if high < len(starts) else row["size"],
+                size=row["size"],
                 first_row=first_row,
                 row_in_file=first_row - row["first_row"],
             )
@@ -342,7 +343,7 @@ def _read_through(storage: Storage, format_: InputFormat, file: FoundFile, facts
     n_rows = sum(facts.group_rows)
     if not n_rows:
         return
-    span = Span(file.path, 0, facts.group_rows, facts.group_starts, file.size, 0, 0)
+    span = Span(file.path, 0, facts.group_rows, facts.group_starts, file.size, file.size, 0, 0)
     size = max(1, min(_CHECKED_ROWS, _CHECKED_BYTES * n_rows // max(1, sum(facts.group_bytes))))
     names = [name for name in fields.names if name in facts.schema.names]
     # lines are copied as they are, so it is enough that the wanted columns can be parsed
