@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from untwin.errors import ChangedInputError, DamagedFileError, InputNotFoundError, ParameterError, SchemaError
 from untwin.storage.columns import check_sound, common_id_type, embedding_dim, id_type, list_lengths, without_views
-from untwin.storage.files import FoundFile, Storage, is_remote, join, normalize_path, redact
+from untwin.storage.files import FoundFile, Storage, is_remote, join, normalize_path, read_many, redact
 from untwin.storage.inputs import FileFacts, InputFormat, Span, input_format, naming_file
 from untwin.storage.spread import in_parts
 
@@ -366,26 +366,25 @@ def _find(
     endings = tuple(f".{ending.lower().lstrip('.')}" for ending in extensions or ())
     if not inputs:
         raise InputNotFoundError("no input path given")
-    for given in inputs:
-        for path in _expand(storage, given, exclude):
-            if storage.is_folder(path):
-                folder = _curator_folder(storage, path)
-                below = [file for file in storage.find(folder) if not _is_ours(file.path, folder, exclude)]
-                chosen = (
-                    [file for file in below if file.path.lower().endswith(endings)]
-                    if endings
-                    else format_.select(below)
-                )
-                if not chosen:
-                    wanted = " ".join(f"*{ending}" for ending in endings or format_.suffixes)
-                    raise InputNotFoundError(f"{redact(path)}: no {wanted} files in this folder")
-                pairs = [(file, posixpath.relpath(file.path, folder)) for file in chosen]
-            elif storage.exists(path):
-                pairs = [(storage.stat(path), posixpath.basename(path))]
-            else:
-                raise InputNotFoundError(f"{redact(path)}: no such file or folder")
-            for file, relative in pairs:
-                found.setdefault(file.path, (file, relative))
+
+    def below(path: str) -> list[tuple[FoundFile, str]]:
+        if storage.is_folder(path):
+            folder = _curator_folder(storage, path)
+            files = [file for file in storage.find(folder) if not _is_ours(file.path, folder, exclude)]
+            chosen = (
+                [file for file in files if file.path.lower().endswith(endings)] if endings else format_.select(files)
+            )
+            if not chosen:
+                wanted = " ".join(f"*{ending}" for ending in endings or format_.suffixes)
+                raise InputNotFoundError(f"{redact(path)}: no {wanted} files in this folder")
+            return [(file, posixpath.relpath(file.path, folder)) for file in chosen]
+        if not storage.exists(path):
+            raise InputNotFoundError(f"{redact(path)}: no such file or folder")
+        return [(storage.stat(path), posixpath.basename(path))]
+
+    for pairs in read_many(below, [path for given in inputs for path in _expand(storage, given, exclude)]):
+        for file, relative in pairs:
+            found.setdefault(file.path, (file, relative))
     pairs = [found[path] for path in sorted(found)]
     taken = Counter(relative for _, relative in pairs)
     return [
