@@ -30,7 +30,7 @@ class RayCluster(NamedTuple):
             env={**_clean_environment(), **self.environment, **(environment or {})},
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=450,
             check=False,
         )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

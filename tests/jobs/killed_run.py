@@ -19,6 +19,7 @@ import pyarrow as pa
 
 import untwin.plan
 from untwin.backends import local
+from untwin.backends.chain import Chain
 from untwin.backends.ledger import Ledger
 from untwin.stages import removal
 
@@ -68,20 +69,20 @@ def kill_at_marker(chain, number):
 
 def fill_the_disk(chain):
     """Every file that units of a chain write goes to the device that is always full."""
-    process, open_file = local._Chain._process, pa.OSFile
+    process, open_file = local.do_unit, pa.OSFile
     at_work = threading.local()
 
-    def marked(self, unit, context):
-        at_work.full = self.name == chain
+    def marked(stages, *arguments, **options):
+        at_work.full = Chain(stages, None).name == chain
         try:
-            return process(self, unit, context)
+            return process(stages, *arguments, **options)
         finally:
             at_work.full = False
 
     def opened(path, mode):
         return open_file("/dev/full" if mode == "wb" and getattr(at_work, "full", False) else path, mode)
 
-    local._Chain._process, pa.OSFile = marked, opened
+    local.do_unit, pa.OSFile = marked, opened
 
 
 def get_stuck(stage, busy):
@@ -96,14 +97,14 @@ def get_stuck(stage, busy):
 
 
 def log_units(path):
-    process = local._Chain._process
+    process = local.do_unit
 
-    def logged(self, unit, context):
+    def logged(stages, unit, *arguments, **options):
         with Path(path).open("a") as sink:
-            sink.write(f"{self.name} {unit.unit}\n")
-        return process(self, unit, context)
+            sink.write(f"{Chain(stages, None).name} {unit.unit}\n")
+        return process(stages, unit, *arguments, **options)
 
-    local._Chain._process = logged
+    local.do_unit = logged
 
 
 def main():

@@ -296,5 +296,5 @@ def test_latency_and_503_cost_less_than_three_times_the_time(gate, cluster, endp
 def test_with_many_files_too(gate, cluster, endpoint, backend):
     plans = {"warm": lambda _: None, "plain": lambda _: None, "faulty": slow(0.02)}
     ray = {"backend": "ray"} if backend == "ray" else {}
-    course = Course(gate, endpoint, 600, plans, cluster.drive, n_clusters=60, **ray)
-    check_course(course, 60, faults=10)
+    course = Course(gate, endpoint, 240, plans, cluster.drive, n_clusters=30, **ray)
+    check_course(course, 30, faults=5)
