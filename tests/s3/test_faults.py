@@ -17,7 +17,7 @@ from test_s3 import EPS, OPTIONS, assert_same_answer, local_contents
 
 import untwin
 from inputs import cli
-from untwin.errors import DamagedFileError, OutputInUseError, StorageError
+from untwin.errors import DamagedFileError, InputNotFoundError, OutputInUseError, StorageError
 from untwin.storage import files
 from untwin.storage.files import Storage
 from untwin.storage.lock import LOCK, locked
@@ -404,3 +404,28 @@ def test_credentials_that_expire_in_mid_run_are_refreshed(proxy, proxied, source
     old = {**options, "key": "ISSUED1", "secret": "s", "token": "t"}
     with pytest.raises(StorageError, match=r"run.json: .*Bad Request.*credentials \(they may have expired\)"):
         untwin.apply(proxied.url("out"), eps=0.1, storage_options=old)
+
+
+def test_a_small_file_takes_one_request_where_its_size_is_known_or_does_not_matter(proxy, proxied):
+    storage = Storage(proxied.options)
+
+    def kinds():
+        time.sleep(0.1)  # a request is noted after it was answered
+        return [entry.request.kind for entry in proxy.log]
+
+    for name, content in (("small", b"0123456789"), ("empty", b"")):
+        path = proxied.url(name)
+        storage.write_bytes(path, content)
+        kinds()
+        proxy.reset()
+        assert storage.read_bytes(path) == content
+        assert kinds() == ["GET"]
+    proxy.reset()
+    with storage.open(proxied.url("small"), 10) as file:
+        assert file.read() == b"0123456789"
+    assert kinds() == ["GET"]
+    with storage.open(proxied.url("small")) as file:
+        assert file.read() == b"0123456789"
+    assert kinds() == ["GET", "HEAD", "GET"]
+    with pytest.raises(InputNotFoundError, match="nothing: not found"):
+        storage.read_bytes(proxied.url("nothing"))

@@ -1,4 +1,4 @@
-"""Local files: whole or not there; and reading ahead in a thread."""
+"""Local files: whole or not there; reading ahead in a thread; and many small files of a remote storage."""
 
 import errno
 import os
@@ -9,9 +9,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from untwin.errors import MissingExtraError, ParameterError, ResourceError
+from untwin.errors import DamagedFileError, MissingExtraError, ParameterError, ResourceError
 from untwin.storage import files
-from untwin.storage.files import Recording, Storage, is_remote, join, normalize_path, read_ahead, redact
+from untwin.storage.files import (
+    Recording,
+    Storage,
+    Writes,
+    is_remote,
+    join,
+    normalize_path,
+    read_ahead,
+    read_many,
+    redact,
+)
+from untwin.storage.memory import Space, space
 
 STORAGE = Storage()
 
@@ -290,3 +301,86 @@ def test_open_files_are_closed(tmp_path):
         STORAGE.read_range(str(tmp_path / "x"), 0, 1)
     if before is not None:
         assert len(os.listdir("/proc/self/fd")) <= before + 1  # noqa: PTH208
+
+
+# ---- many small files -------------------------------------------------------------------------------------------
+
+
+def _with_a_pause(lock, running, peak):
+    def call(path):
+        with lock:
+            running.append(path)
+            peak.append(len(running))
+        time.sleep(0.02)
+        with lock:
+            running.remove(path)
+        return path
+
+    return call
+
+
+@pytest.mark.parametrize(("folder", "least", "most"), [("memory://many", 8, 16), ("/many", 1, 1)])
+def test_many_small_reads_run_side_by_side_where_they_wait_and_come_in_order(folder, least, most):
+    peak = []
+    read = _with_a_pause(threading.Lock(), [], peak)
+    paths = [f"{folder}/{number}" for number in range(60)]
+    assert list(read_many(read, paths)) == paths
+    assert least <= max(peak) <= most
+    # no further ahead than that
+    peak.clear()
+    found = read_many(read, paths)
+    assert next(found) == paths[0]
+    time.sleep(0.2)
+    assert len(peak) <= most
+    found.close()
+    assert len(peak) <= 2 * most
+
+
+def test_an_error_of_a_read_comes_where_its_result_would():
+    def read(path):
+        if path.endswith("/30"):
+            raise DamagedFileError(path)
+        return path
+
+    seen = []
+    with pytest.raises(DamagedFileError, match="memory://many/30"):
+        seen.extend(path for path in read_many(read, [f"memory://many/{number}" for number in range(60)]))
+    assert list(read_many(read, [])) == []
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 16), (4 << 20, 4), (64 << 20, 1)])
+def test_writes_run_side_by_side_as_far_as_their_bytes_allow(size, most):
+    peak, done = [], []
+    write = _with_a_pause(threading.Lock(), [], peak)
+    with Writes("memory://many") as writes:
+        for number in range(24):
+            writes.add(size, lambda path: done.append(write(path)), f"{number}")
+    assert sorted(done, key=int) == [f"{number}" for number in range(24)]
+    assert max(1, most // 2) <= max(peak) <= most
+
+
+def test_a_write_that_fails_ends_the_others_with_its_error():
+    def write(number):
+        if number == 7:
+            raise DamagedFileError("the seventh")
+        done.append(number)
+
+    for folder in ("memory://many", "/many"):
+        done = []
+        with pytest.raises(DamagedFileError, match="the seventh"), Writes(folder) as writes:
+            for number in range(8):
+                writes.add(1, write, number)
+        assert sorted(done) == list(range(7))
+
+
+def test_what_runs_side_by_side_is_part_of_the_unit_at_work():
+    """Files that it writes are recorded, and what is held in memory is found."""
+    storage, room = Storage(), Space(100)
+    recording = Recording()
+    with recording.active(), room.active():
+        space().put("memory://many/x", "held", 1)
+        assert list(read_many(lambda path: space().get(path), ["memory://many/x"])) == ["held"]
+        with Writes("memory://many") as writes:
+            for number in range(20):
+                writes.add(1, storage.write_bytes, f"memory://many/{number}", b"1")
+    assert sorted(recording.files) == sorted(f"memory://many/{number}" for number in range(20))

@@ -12,6 +12,7 @@ from untwin.backends.ledger import Ledger
 from untwin.errors import ResourceError
 from untwin.stages.base import Context, Stage, Task
 from untwin.storage.files import DISK_FULL, Recording, WrittenFile
+from untwin.storage.partitions import holding
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def do_unit(
         stopped: Once it is set, no file gets its name any more, and KeyboardInterrupt is raised.
     """
     recording = Recording(stopped)
-    with recording.active() if recorded else nullcontext():
+    with recording.active() if recorded else nullcontext(), holding():
         task, tasks, seconds = unit, [], []
         for stage in stages:
             started = time.perf_counter()

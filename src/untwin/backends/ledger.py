@@ -7,6 +7,7 @@ all units of a chain are done, `_done/CHAIN.json` takes the place of its markers
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any, TypeVar
 
 from untwin.errors import DamagedFileError
 from untwin.stages import tasks
-from untwin.stages.base import Task
+from untwin.stages.base import Task, where_data_is
 from untwin.storage.files import Storage, WrittenFile, join, redact
+from untwin.storage.spread import in_parts
 
 _KINDS = {name: kind for name, kind in vars(tasks).items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
 _READERS = 16
@@ -69,23 +71,25 @@ class Ledger:
             read = pool.map(lambda place: self._read(join(self._folder, *place)), units)
             keys = [(name, int(unit.removesuffix(".json"))) for name, unit in units]
             self._units = _known(zip(keys, read, strict=True))
-            if not check:
-                return
-            for name in set(names).intersection(self._chains):  # a kill came before these were removed
-                self._storage.remove(join(self._folder, name))
-            removed = tuple(path + "/" for chain in self._chains.values() for path in chain["removed"])
-            wanted = [
-                file for chain in self._chains.values() for file in chain["files"] if not file[0].startswith(removed)
-            ]
-            damaged = [file[0] for file, good in zip(wanted, pool.map(self._is_good, wanted), strict=True) if not good]
-            if damaged or len(self._chains) < len(chains):
-                which = redact(join(self._root, damaged[0])) if damaged else redact(self._folder)
-                _log.warning("%s: is gone or damaged; the work starts anew", which)
-                self.forget()
-                return
-            for key in [
-                key for key, marker in self._units.items() if not all(pool.map(self._is_good, marker["files"]))
-            ]:
+        if not check:
+            return
+        for name in set(names).intersection(self._chains):  # a kill came before these were removed
+            self._storage.remove(join(self._folder, name))
+        removed = tuple(path + "/" for chain in self._chains.values() for path in chain["removed"])
+        wanted = [file for chain in self._chains.values() for file in chain["files"] if not file[0].startswith(removed)]
+        written = [
+            WrittenFile(join(self._root, path), size, checksum)
+            for path, size, checksum in (*wanted, *(file for unit in self._units.values() for file in unit["files"]))
+        ]
+        # by those who may read vectors: these are among the files
+        damaged = where_data_is(_damaged, self._storage, written) if written else set()
+        lost = [file.path for file in written[: len(wanted)] if file.path in damaged]
+        if lost or len(self._chains) < len(chains):
+            _log.warning("%s: is gone or damaged; the work starts anew", redact(lost[0] if lost else self._folder))
+            self.forget()
+            return
+        for key, marker in list(self._units.items()):
+            if any(join(self._root, file[0]) in damaged for file in marker["files"]):
                 del self._units[key]
 
     def _read(self, path: str) -> dict[str, Any] | None:
@@ -94,10 +98,6 @@ class Ledger:
         except DamagedFileError:
             return None
         return content if isinstance(content, dict) else None
-
-    def _is_good(self, file: Sequence[Any]) -> bool:
-        path, size, checksum = file
-        return self._storage.is_unchanged(WrittenFile(join(self._root, path), size, checksum))
 
     def forget(self) -> None:
         """Remove all markers."""
@@ -210,6 +210,16 @@ class Ledger:
         if isinstance(value, str):
             return join(self._root, value[1:]) if value.startswith("/") else value[1:]
         return value
+
+
+def _damaged(storage: Storage, files: Sequence[WrittenFile]) -> set[str]:
+    """The paths of the files that are not there as they were written."""
+    return {path for part in in_parts(functools.partial(_damaged_part, storage), files) for path in part}
+
+
+def _damaged_part(storage: Storage, files: Sequence[WrittenFile]) -> list[str]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [file.path for file, good in zip(files, pool.map(storage.is_unchanged, files), strict=True) if not good]
 
 
 def _known(read: Iterator[tuple[Any, dict[str, Any] | None]]) -> dict[Any, dict[str, Any]]:

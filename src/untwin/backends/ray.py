@@ -30,6 +30,7 @@ from untwin.backends.process import default_workers, working_process
 from untwin.errors import InputNotFoundError, MissingExtraError, ParameterError, ResourceError, UntwinError
 from untwin.stages.base import Context, ParallelMap, Stage, Task
 from untwin.storage.files import Storage, join, redact
+from untwin.storage.spread import spreading
 
 try:
     import ray
@@ -128,7 +129,8 @@ class RayExecutor(Executor):
     def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
         """Call a function on a worker."""
         held = [ray.put((function, args, options))]
-        reference = _remote(_call, num_cpus=1, max_retries=_TRIES - 1, name=function.__name__).remote(held, self.memory)
+        task = _remote(_call, num_cpus=1, max_retries=_TRIES - 1, name=function.__name__)
+        reference = task.remote(held, self.memory)
         try:
             outcome = ray.get(reference)
         except KeyboardInterrupt:
@@ -287,12 +289,13 @@ class _Tasks(Crew):
 class _Spread:
     """`map` over the workers of the cluster, from inside a unit."""
 
-    def __init__(self, memory: int) -> None:
+    def __init__(self, memory: int, declared: int | None = None) -> None:
         self._memory = memory
+        self._declared = memory if declared is None else declared
 
     def __call__(self, function: Callable[[Any], Any], items: Iterable[Any], /) -> Iterator[Any]:
         held = [ray.put(function)]
-        task = _remote(_apply, num_cpus=1, memory=self._memory, max_retries=_TRIES - 1, scheduling_strategy="SPREAD")
+        task = _remote(_apply, num_cpus=1, memory=self._declared, max_retries=_TRIES - 1, scheduling_strategy="SPREAD")
         left, pending = iter(items), deque[Any]()
         try:
             while True:
@@ -371,7 +374,8 @@ def _call(held: list[Any], memory: int) -> _Answer:
     """Call a function."""
     _worker(memory)
     function, args, options = ray.get(held[0])
-    return _answered(lambda: function(*args, **options))
+    with spreading(_Spread(memory, _PROCESS_BYTES)):
+        return _answered(lambda: function(*args, **options))
 
 
 def _apply(held: list[Any], item: Any, memory: int) -> _Answer:

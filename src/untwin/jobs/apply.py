@@ -31,6 +31,7 @@ from untwin.jobs.record import (
 from untwin.jobs.result import RunResult
 from untwin.jobs.run import SIDE_BYTES, answer_stages, check_disk, kept_bytes, parameters_of
 from untwin.pipeline import Pipeline
+from untwin.stages.base import near_data
 from untwin.stages.tasks import ClustersTask, DuplicatesTask, PairsTask
 from untwin.storage.files import Storage, normalize_path, redact
 from untwin.storage.listing import Listing
@@ -99,7 +100,7 @@ def apply(
         )
     listing = Listing.read(storage, run_folder.listing_path)
     if parameters.kept != "none":
-        listing.check_unchanged(storage)
+        executor.call(listing.check_unchanged, storage)
     probes = min(probes_of(run), run["clusters"]["n_clusters"])
     visitors = (probes - 1) * (4 * listing.dim + SIDE_BYTES) * listing.n_rows
     check_disk(folder, max(kept_bytes(parameters, listing), visitors) + 2 * SIDE_BYTES * listing.n_rows)
@@ -107,7 +108,8 @@ def apply(
         done, begun = _existing(folder, run, parameters.answer())
         if done is not None:
             return RunResult.from_run(folder, done)
-        ledger = folder.resume(known=begun)
+        with near_data(executor.call):
+            ledger = folder.resume(known=begun)
         if not begun:
             listing.write(storage, folder.listing_path)
             folder.write_plan(parameters.answer(), run["input"], applied_to=_origin(run_folder, run))

@@ -104,7 +104,7 @@ def measure_recall(
         )
         job = _job(
             folder,
-            tuple(stage.units(Upstream())),
+            tuple(executor.call(stage.units, Upstream())),
             id_field=id_field,
             embedding_field=embedding_field,
             seed=seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import platform
 import re
@@ -37,7 +38,7 @@ from untwin.stages.tasks import (
     ShardsTask,
 )
 from untwin.storage.bitmap import empty_bitmap, set_bits
-from untwin.storage.files import redact
+from untwin.storage.files import read_many, redact
 from untwin.storage.listing import Listing
 from untwin.storage.partitions import read_array, read_table
 
@@ -281,12 +282,13 @@ def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder) ->
     seen = empty_bitmap(listing.n_rows)
     shown = pa.array([redact(path) for path in listing.files["path"].to_pylist()], pa.large_string())
     n_seen = 0
-    for task in collect(outcome, PairsTask):
-        rows = np.asarray(read_array(folder.storage, task.rows_path), np.int64)
+    storage, paths = folder.storage, [task.rows_path for task in collect(outcome, PairsTask)]
+    for content in read_many(functools.partial(read_array, storage), paths):
+        rows = np.asarray(content, np.int64)
         set_bits(seen, rows)
         n_seen += len(rows)
     for path in _rejected_files(outcome):
-        table = read_table(folder.storage, path, ["file", "row"])
+        table = read_table(storage, path, ["file", "row"])
         files = pc.index_in(table["file"].cast(pa.large_string()), shown)
         first = listing.files["first_row"].take(files.combine_chunks() if hasattr(files, "combine_chunks") else files)
         rows = np.asarray(first.to_numpy() + table["row"].to_numpy(), np.int64)

@@ -35,7 +35,7 @@ from untwin.pipeline import Pipeline
 from untwin.plan import Plan, make_plan
 from untwin.stages import checks
 from untwin.stages.assign import AssignStage
-from untwin.stages.base import CompositeStage, Stage, Task
+from untwin.stages.base import CompositeStage, Stage, Task, near_data
 from untwin.stages.borders import Borders, BordersStage, CrossStage
 from untwin.stages.duplicates import IdentifyDuplicatesStage
 from untwin.stages.fit import FitStage
@@ -167,7 +167,8 @@ class PreparedRun:
             plan, run = folder.read_same(self.parameters.answer(), self.listing)
             if run is not None:
                 return self._finished(run, progress)
-            ledger = folder.resume(known=plan is not None)
+            with near_data(self.executor.call):
+                ledger = folder.resume(known=plan is not None)
             if plan is None:
                 self.listing.write(folder.storage, folder.listing_path)
                 described = describe_input(self.listing, self.parameters)
@@ -187,7 +188,7 @@ class PreparedRun:
             outcome = dataclasses.replace(outcome, reports=reports)
         intermediate = [] if parameters.audit else self._intermediate
         if ledger.finished(CHECKED) is None:
-            check_every_row(outcome, self.listing, folder)
+            self.executor.call(check_every_row, outcome, self.listing, folder)
             ledger.finish(CHECKED, (), self.listing.n_rows, intermediate)
         for path in intermediate:
             folder.storage.remove(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from untwin.stages.ids import hash_ids
 from untwin.stages.tasks import ClustersTask
 from untwin.storage.bitmap import bits_of
 from untwin.storage.columns import matrix_of
-from untwin.storage.files import Storage, join
+from untwin.storage.files import Storage, join, read_many
 from untwin.storage.partitions import ROW, iterate_partition, read_array, write_array, write_vectors
 from untwin.storage.rows import batch_rows
 
@@ -114,16 +115,17 @@ class _Sample:
     """The sampled rows in the order of clusters and row numbers."""
 
     def __init__(self, audit: Audit, parts: Sequence[SampledTask]) -> None:
-        facts = [read_array(audit.storage, part.facts_path) for part in parts]
+        read = partial(read_array, audit.storage)
+        facts = list(read_many(read, [part.facts_path for part in parts]))
         labels, numbers = np.concatenate(facts, axis=1) if facts else np.empty((2, 0), np.int64)
         order = np.lexsort((numbers, labels))
         place = np.empty(len(order), np.int64)
         place[order] = np.arange(len(order))
         X = np.empty((len(order), audit.dim), np.float32)
         done = 0
-        for part in parts:
-            X[place[done : done + part.n_rows]] = read_array(audit.storage, part.vectors_path)
-            done += part.n_rows
+        for vectors in read_many(read, [part.vectors_path for part in parts]):
+            X[place[done : done + len(vectors)]] = vectors
+            done += len(vectors)
         self.centroids: NearestCentroid | None = None
         if audit.n_levels > 1:
             self.centroids = NearestCentroid(np.asarray(read_array(audit.storage, audit.centroids_path), np.float32))
@@ -300,14 +302,15 @@ class AuditCountStage(Stage):
         audit = self.audit
         shape = (2, audit.n_levels + 1, task.n_rows)
         scores = np.zeros(np.prod(shape), np.float32)
-        for part in self._compared:
-            entries: NDArray[np.void] = np.asarray(read_array(audit.storage, part.path), _FOUND)
+        read = partial(read_array, audit.storage)
+        for found in read_many(read, [part.path for part in self._compared]):
+            entries: NDArray[np.void] = np.asarray(found, _FOUND)
             scores[entries["at"]] = np.maximum(scores[entries["at"]], entries["score"])
         over_kept, over_removed = np.maximum.accumulate(scores.reshape(shape), axis=1)
         best = np.maximum(over_kept, over_removed)
         stays = np.zeros(task.n_rows, np.bool_)
         if audit.kept_bitmap:
-            facts = np.concatenate([read_array(audit.storage, part.facts_path) for part in self._sampled], axis=1)
+            facts = np.concatenate(list(read_many(read, [part.facts_path for part in self._sampled])), axis=1)
             numbers = facts[1, np.lexsort((facts[1], facts[0]))]
             bitmap = np.frombuffer(audit.storage.read_bytes(audit.kept_bitmap), np.uint8)
             stays = bits_of(bitmap, numbers)

@@ -48,7 +48,7 @@ from untwin.stages.tasks import (
 )
 from untwin.storage.bitmap import bits_of, clear_bits, empty_bitmap, set_bits
 from untwin.storage.columns import matrix_of
-from untwin.storage.files import Storage, join
+from untwin.storage.files import Storage, Writes, join, read_many
 from untwin.storage.partitions import ROW, iterate_partition, read_array, read_table, result_path, write_array
 from untwin.storage.rows import batch_rows
 from untwin.storage.shards import Slices, make_shard, write_shard, write_slices
@@ -572,11 +572,12 @@ class ReopenStage(_BordersStage):
         opened: list[NDArray[np.int64]] = []
         pairs: list[pa.Table] = []
         low = 0
-        for cluster in task.clusters:
+        paths = [result_path(job.pairwise.output_path, cluster.centroid) for cluster in task.clusters]
+        for cluster, inside in zip(task.clusters, read_many(partial(read_table, job.target), paths), strict=True):
             numbers = rows[low : low + cluster.n_rows]
             low += cluster.n_rows
             mine = across.filter(pc.equal(across["x_cluster"], cluster.centroid)) if across is not None else None
-            stays, open_rows, found = self._reopen(cluster, numbers, mine, task, context)
+            stays, open_rows, found = self._reopen(cluster, inside, numbers, mine, task, context)
             kept.append(stays)
             opened.append(open_rows)
             pairs += found
@@ -585,6 +586,7 @@ class ReopenStage(_BordersStage):
     def _reopen(
         self,
         cluster: Cluster,
+        inside: pa.Table,
         numbers: NDArray[np.int64],
         across: pa.Table | None,
         task: ClustersTask,
@@ -593,7 +595,6 @@ class ReopenStage(_BordersStage):
         """Row numbers that stay for sure, those that are open, and pairs."""
         job, pairwise = self.borders, self.borders.pairwise
         assert pairwise.eps is not None
-        inside = read_table(job.target, result_path(pairwise.output_path, cluster.centroid))
         removed = removed_rows(inside, pairwise.eps, pairwise.compare_to)
         if across is None or not across.num_rows:
             return numbers[~removed], numbers[:0], []
@@ -678,10 +679,11 @@ class ResolveStage(_BordersStage):
         """Decide."""
         job = self.borders
         kept, undecided = empty_bitmap(job.n_input_rows), empty_bitmap(job.n_input_rows)
-        for part in self._parts:
-            set_bits(kept, np.asarray(read_array(job.target, part.kept_path), np.int64))
-            if part.n_open:
-                set_bits(undecided, np.asarray(read_array(job.target, part.open_path), np.int64))
+        read = partial(read_array, job.target)
+        for rows in read_many(read, [part.kept_path for part in self._parts]):
+            set_bits(kept, np.asarray(rows, np.int64))
+        for rows in read_many(read, [part.open_path for part in self._parts if part.n_open]):
+            set_bits(undecided, np.asarray(rows, np.int64))
         waiting = [part for part in self._parts if part.n_open]
         while waiting:
             waiting = [part for part in waiting if self._decide(part, kept, undecided)]
@@ -750,15 +752,18 @@ class AnswerStage(_BordersStage):
         counts = np.zeros(len(EPS_GRID), np.int64)
         examples = Examples()
         low = 0
-        for centroid, n_rows in inside.clusters:
-            table = read_table(job.target, result_path(job.pairwise.output_path, centroid))
-            if changes is not None:
-                table = changes.applied(table, rows[low : low + n_rows])
-            low += n_rows
-            job.pairwise.write_result(job.output_path, centroid, table)
-            score = table["cosine_sim_score"].to_numpy()
-            counts += score_counts(score)
-            examples.add(table["id"].combine_chunks(), table["max_id"], score)
+        paths = [result_path(job.pairwise.output_path, centroid) for centroid, _ in inside.clusters]
+        with Writes(job.output_path) as writes:
+            tables = read_many(partial(read_table, job.target), paths)
+            for (centroid, n_rows), table in zip(inside.clusters, tables, strict=True):
+                answer = table
+                if changes is not None:
+                    answer = changes.applied(table, rows[low : low + n_rows])
+                low += n_rows
+                writes.add(answer.nbytes, job.pairwise.write_result, job.output_path, centroid, answer)
+                score = answer["cosine_sim_score"].to_numpy()
+                counts += score_counts(score)
+                examples.add(answer["id"].combine_chunks(), answer["max_id"], score)
         rows_path = join(job.output_path, "_rows", f"unit-{task.unit:06d}.npy")
         write_array(job.target, rows_path, rows)
         return dataclasses.replace(

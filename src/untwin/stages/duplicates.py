@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from untwin.stages.borders import AnswerStage
 from untwin.stages.pairwise import PairwiseStage, removed_rows, result_facts
 from untwin.stages.tasks import CentroidsTask, DuplicatesTask, PairsTask, SelectedTask
 from untwin.storage.bitmap import empty_bitmap, set_bits
-from untwin.storage.files import Storage, join, normalize_path, redact
+from untwin.storage.files import Storage, join, normalize_path, read_many, redact
 from untwin.storage.inputs import naming_file
 from untwin.storage.partitions import read_array, read_table, result_path, write_array
 from untwin.storage.sorting import ROW_GROUP, merge_sorted, sort_table, write_sorted
@@ -114,9 +115,8 @@ class _SelectStage(Stage):
         """Select the duplicates of a unit."""
         parts: list[pa.Table] = []
         duplicate: list[NDArray[np.bool_]] = []
-        for centroid, _ in task.clusters:
-            path = result_path(task.folder, centroid)
-            table, removed = self._read(path)
+        paths = [result_path(task.folder, centroid) for centroid, _ in task.clusters]
+        for (centroid, _), (table, removed) in zip(task.clusters, read_many(self._read, paths), strict=True):
             found = table.filter(pa.array(removed))
             parts.append(found.append_column("centroid", pa.array(np.full(found.num_rows, centroid, np.int32))))
             duplicate.append(removed)
@@ -269,8 +269,9 @@ class MergeStage(Stage):
         if not self._n_input_rows or not all(selected.kept_rows_path for selected in self._selected):
             return ""
         bitmap = empty_bitmap(self._n_input_rows)
-        for selected in self._selected:
-            set_bits(bitmap, np.asarray(read_array(self._target, selected.kept_rows_path), np.int64))
+        paths = [selected.kept_rows_path for selected in self._selected]
+        for rows in read_many(functools.partial(read_array, self._target), paths):
+            set_bits(bitmap, np.asarray(rows, np.int64))
         path = join(self._output_path, "duplicates", "_kept.bits")
         self._target.write_bytes(path, bitmap.tobytes())
         return path

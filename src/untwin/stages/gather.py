@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from untwin.stages.judging import RejectedRows
 from untwin.stages.tasks import CentroidsTask, Cluster, ClustersTask, RepeatsTask, ShardsTask
 from untwin.storage.bitmap import bits_of, empty_bitmap, set_bits
 from untwin.storage.columns import Reason, vector_array
-from untwin.storage.files import join
+from untwin.storage.files import Writes, join, read_many
 from untwin.storage.partitions import ROW, hold, partition_path, read_array, write_partition
 from untwin.storage.shards import GroupRows, Slices
 
@@ -57,8 +58,8 @@ class GatherStage(Stage):
         job = self.clustering
         for reason in (Reason.REPEATED_ROW, Reason.REPEATED_ID):
             bitmap = empty_bitmap(job.plan.n_rows)
-            for path in paths:
-                rows, codes = np.asarray(read_array(job.target, path), np.int64)
+            for found in read_many(functools.partial(read_array, job.target), paths):
+                rows, codes = np.asarray(found, np.int64)
                 set_bits(bitmap, rows[codes == reason])
             if bitmap.any():
                 self._repeated[reason] = job.work_file("repeats", f"_{reason.name.lower()}.bits")
@@ -69,8 +70,7 @@ class GatherStage(Stage):
         return (self.clustering.work_path,)
 
     def finish(self) -> None:
-        """Remove the shards, and what this thread still holds."""
-        hold(self.clustering.target, {})
+        """Remove the shards."""
         self.clustering.target.remove(self.clustering.work_path)
 
     def memory(self, task: ClustersTask) -> int:
@@ -127,19 +127,20 @@ class GatherStage(Stage):
         clusters: list[Cluster] = []
         held: dict[str, pa.Table] = {}
         schema = job.partition_schema(task.dim)
-        for cluster in task.clusters:
-            number = cluster.centroid - first
-            count = int(n_rows[number])
-            if not count:
-                continue
-            table = self._partition(
-                side.slice(int(n_rows[:number].sum()), count), vectors[begin[number] :][:count], schema
-            )
-            path = partition_path(job.output_path, cluster.centroid)
-            write_partition(job.target, path, schema, [table])
-            held[path] = table
-            clusters.append(Cluster(cluster.centroid, count, (path,)))
-        hold(job.target, held)
+        with Writes(job.output_path) as writes:
+            for cluster in task.clusters:
+                number = cluster.centroid - first
+                count = int(n_rows[number])
+                if not count:
+                    continue
+                table = self._partition(
+                    side.slice(int(n_rows[:number].sum()), count), vectors[begin[number] :][:count], schema
+                )
+                path = partition_path(job.output_path, cluster.centroid)
+                writes.add(table.nbytes, write_partition, job.target, path, schema, [table])
+                held[path] = table
+                clusters.append(Cluster(cluster.centroid, count, (path,)))
+        hold(held)
         return tuple(clusters)
 
     def _write_one(self, task: ClustersTask, rejected: RejectedRows) -> tuple[Cluster, ...]:

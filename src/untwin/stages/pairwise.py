@@ -38,7 +38,7 @@ from untwin.core import (
 from untwin.errors import DamagedFileError, InputNotFoundError, ParameterError, SchemaError
 from untwin.plan import split_evenly
 from untwin.stages import checks
-from untwin.stages.base import Context, Stage, Upstream, require_empty, storage_of
+from untwin.stages.base import Context, Stage, Upstream, require_empty, storage_of, where_data_is
 from untwin.stages.clustering import EXAMPLES_SEED
 from untwin.stages.gather import GatherStage
 from untwin.stages.ids import hash_ids
@@ -53,7 +53,7 @@ from untwin.storage.columns import (
     list_lengths,
     matrix_of,
 )
-from untwin.storage.files import Storage, is_remote, join, normalize_path, read_ahead, redact
+from untwin.storage.files import Storage, Writes, is_remote, join, normalize_path, read_ahead, redact
 from untwin.storage.partitions import (
     ROW,
     find_partitions,
@@ -221,7 +221,7 @@ class PairwiseStage(Stage):
         """The clusters that the stage before made, or those found in the input folder."""
         if upstream.stages:
             return [task for task in upstream.last if isinstance(task, ClustersTask)]
-        return self._found_units() if self.clusters is None else self.clusters
+        return where_data_is(self._found_units) if self.clusters is None else self.clusters
 
     def _found_units(self) -> list[ClustersTask]:
         found = find_partitions(self.source, self.input_paths)
@@ -304,16 +304,17 @@ class PairwiseStage(Stage):
         examples = Examples()
         rows: list[NDArray[np.int64]] = []
         sizes: list[tuple[int, int]] = []
-        for cluster in task.clusters:
-            table, order, matches = self._match(cluster, task, context)
-            ids = table[self.id_field].combine_chunks().take(pa.array(order))
-            result = _result(ids, matches)
-            self.write_result(self.output_path, cluster.centroid, result)
-            counts += score_counts(matches.score)
-            examples.add(ids, result["max_id"], matches.score)
-            sizes.append((cluster.centroid, cluster.n_rows))
-            if task.has_rows:
-                rows.append(table[ROW].to_numpy()[order])
+        with Writes(self.output_path) as writes:
+            for cluster in task.clusters:
+                table, order, matches = self._match(cluster, task, context)
+                ids = table[self.id_field].combine_chunks().take(pa.array(order))
+                result = _result(ids, matches)
+                writes.add(result.nbytes, self.write_result, self.output_path, cluster.centroid, result)
+                counts += score_counts(matches.score)
+                examples.add(ids, result["max_id"], matches.score)
+                sizes.append((cluster.centroid, cluster.n_rows))
+                if task.has_rows:
+                    rows.append(table[ROW].to_numpy()[order])
         rows_path = ""
         if task.has_rows:
             rows_path = join(self.output_path, "_rows", f"unit-{task.unit:06d}.npy")

@@ -147,7 +147,7 @@ class RemoveDuplicatesStage(Stage):
             bitmap = np.frombuffer(self.target.read_bytes(self._bitmap), np.uint8)
             return np.diff(counts_before(bitmap, groups.starts))
         files = found[0].files if self.duplicates_path is None else self._duplicate_files(self.duplicates_path)
-        self._hash_duplicates(files, listing.id_type)
+        self._hash_files = where_data_is(_hash_duplicates, self.target, files, listing.id_type, self._work_path)
         return groups.rows
 
     def _duplicate_files(self, path: str) -> Sequence[str]:
@@ -159,38 +159,6 @@ class RemoveDuplicatesStage(Stage):
         if not files:
             raise InputNotFoundError(f"{redact(path)}: no list of duplicates there")
         return files
-
-    def _hash_duplicates(self, files: Sequence[str], wanted: pa.DataType) -> None:
-        """Write 128-bit hashes of all duplicates' ids as sorted parts that fit the memory."""
-        storage = self.target
-        held: list[NDArray[np.uint64]] = []
-        n_held = 0
-
-        def flush() -> None:
-            hashes = np.concatenate(held, axis=1)
-            part = join(self._work_path, f"ids-{len(self._hash_files):05d}.npy")
-            write_array(self.target, part, hashes[:, np.lexsort((hashes[1], hashes[0]))])
-            self._hash_files.append(part)
-
-        for file in files:
-            with naming_file(file), storage.open(file) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
-                if "id" not in parquet.schema_arrow.names:
-                    raise ParameterError(f"{redact(file)}: no column 'id'; it is not a list of duplicates")
-                kind = id_type(parquet.schema_arrow.field("id").type)
-                if kind is None or common_id_type(kind, wanted) is None:
-                    raise SchemaError(
-                        f"{redact(file)}: the ids of the duplicates have type {parquet.schema_arrow.field('id').type}, "
-                        f"those of the input {wanted}; bring them to one type"
-                    )
-                for batch in parquet.iter_batches(65_536, columns=["id"], use_threads=False):
-                    ids = decode_ids(batch.column(0), kind).drop_null()
-                    held.append(_both_hashes(ids))
-                    n_held += len(ids)
-                    if n_held >= _HASHES_PER_PART:
-                        flush()
-                        held, n_held = [], 0
-        if held:
-            flush()
 
     def scratch(self) -> tuple[str, ...]:
         """Hashes of the duplicates' ids."""
@@ -270,6 +238,46 @@ class RemoveDuplicatesStage(Stage):
             keep &= ~_contains(np.asarray(read_array(self.target, path), np.uint64), found)
         keep |= np.concatenate(null)
         return keep
+
+
+def _hash_duplicates(storage: Storage, files: Sequence[str], wanted: pa.DataType, folder: str) -> list[str]:
+    """Write 128-bit hashes of all duplicates' ids as sorted parts that fit the memory; returns their paths.
+
+    Args:
+        storage: Access to the files and to the folder.
+        files: Lists of duplicates.
+        wanted: Type of the ids of the input.
+        folder: Where the parts go.
+    """
+    held: list[NDArray[np.uint64]] = []
+    parts: list[str] = []
+    n_held = 0
+
+    def flush() -> None:
+        hashes = np.concatenate(held, axis=1)
+        parts.append(join(folder, f"ids-{len(parts):05d}.npy"))
+        write_array(storage, parts[-1], hashes[:, np.lexsort((hashes[1], hashes[0]))])
+
+    for file in files:
+        with naming_file(file), storage.open(file) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
+            if "id" not in parquet.schema_arrow.names:
+                raise ParameterError(f"{redact(file)}: no column 'id'; it is not a list of duplicates")
+            kind = id_type(parquet.schema_arrow.field("id").type)
+            if kind is None or common_id_type(kind, wanted) is None:
+                raise SchemaError(
+                    f"{redact(file)}: the ids of the duplicates have type {parquet.schema_arrow.field('id').type}, "
+                    f"those of the input {wanted}; bring them to one type"
+                )
+            for batch in parquet.iter_batches(65_536, columns=["id"], use_threads=False):
+                ids = decode_ids(batch.column(0), kind).drop_null()
+                held.append(_both_hashes(ids))
+                n_held += len(ids)
+                if n_held >= _HASHES_PER_PART:
+                    flush()
+                    held, n_held = [], 0
+    if held:
+        flush()
+    return parts
 
 
 def _both_hashes(ids: pa.Array) -> NDArray[np.uint64]:

@@ -5,7 +5,6 @@ Local folders use the operating system directly; every other URL goes through fs
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import contextvars
 import errno
@@ -21,6 +20,7 @@ import shutil
 import threading
 import uuid
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -62,8 +62,15 @@ _IS_THERE = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 """Answers to a conditional write that say that another one was first."""
 _UNKNOWN_CONDITION = ("NotImplemented", "501")
 _REMOVALS = 3
-_RANGES_AHEAD, _BYTES_AHEAD = 16, 32 << 20
-"""Ranges of remote files that are asked for at a time; more wait until these are taken."""
+_BYTES_AHEAD = 32 << 20
+"""Of ranges of remote files that are asked for before they are wanted."""
+_ANY_END = 1 << 40
+"""A position behind the end of every object: S3 gives what there is."""
+_NO_RANGE = ("InvalidRange", "416")
+_AT_A_TIME = 16
+"""Small requests to a remote storage by one unit of work."""
+_WRITTEN_BYTES = 16 << 20
+"""Of files that are on their way to a remote storage; a larger one goes alone."""
 _CONNECTIONS = 64
 """To an object storage; botocore's own limit of 10 would be less than one unit of work uses."""
 _log = logging.getLogger("untwin")
@@ -366,8 +373,13 @@ class Storage:
         with self._explained(path):
             return _found(path, self._fs(path).info(path))
 
-    def open(self, path: str) -> pa.NativeFile:
-        """Open a file for reading at any position."""
+    def open(self, path: str, size: int | None = None) -> pa.NativeFile:
+        """Open a file for reading at any position.
+
+        Args:
+            path: The file.
+            size: Its bytes, if they are known: a small remote file then takes one request instead of two.
+        """
         if not is_remote(path):
             source = pa.OSFile(path, "rb")
             if source.size() > _SMALL_FILE_BYTES:
@@ -376,7 +388,8 @@ class Storage:
                 return pa.BufferReader(source.read_buffer())
         with self._explained(path):
             fs = self._fs(path)
-            size = fs.info(path)["size"]
+            if size is None:
+                size = int(fs.info(path)["size"])
             if size <= _WHOLE_READ_BYTES:
                 # with a range: s3fs reads it in one request, and asks again when the answer is cut off
                 return pa.BufferReader(fs.cat_file(path, start=0, end=size) if size else b"")
@@ -384,8 +397,19 @@ class Storage:
 
     def read_bytes(self, path: str) -> bytes:
         """Read a whole small file."""
-        with self._explained(path), self.open(path) as source:
-            return bytes(source.read())
+        with self._explained(path):
+            if is_remote(path):
+                return self._read_whole(path)
+            with self.open(path) as source:
+                return bytes(source.read())
+
+    def _read_whole(self, path: str) -> bytes:
+        try:
+            return bytes(self._fs(path).cat_file(path, start=0, end=_ANY_END))
+        except OSError as error:
+            if _code(error) in _NO_RANGE:  # of an empty file
+                return b""
+            raise
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
         """Read `length` bytes from position `start`."""
@@ -407,12 +431,12 @@ class Storage:
         if not ranges or not is_remote(ranges[0][0]):
             yield from (self._read_local(*wanted) for wanted in ranges)
             return
-        ahead: collections.deque[Future[pa.Buffer]] = collections.deque()
-        sizes: collections.deque[int] = collections.deque()
-        pool = ThreadPoolExecutor(_RANGES_AHEAD, "untwin-ranges")
+        ahead: deque[Future[pa.Buffer]] = deque()
+        sizes: deque[int] = deque()
+        pool = ThreadPoolExecutor(_AT_A_TIME, "untwin-ranges")
         try:
             for wanted in ranges:
-                while ahead and (len(ahead) == _RANGES_AHEAD or sum(sizes) + wanted[2] > _BYTES_AHEAD):
+                while ahead and (len(ahead) == _AT_A_TIME or sum(sizes) + wanted[2] > _BYTES_AHEAD):
                     sizes.popleft()
                     yield ahead.popleft().result()
                 ahead.append(pool.submit(self._read_remote, *wanted))
@@ -689,6 +713,61 @@ def _checksum(path: Path) -> tuple[int, int]:
 def _found(path: str, info: Mapping[str, Any]) -> FoundFile:
     version = info.get("VersionId") or info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
     return FoundFile(path, int(info["size"]), str(version))
+
+
+def read_many(read: Callable[[str], T], paths: Sequence[str]) -> Iterator[T]:
+    """`map` for small reads: some at a time where each waits for a remote storage, no further ahead than that."""
+    if not paths or not is_remote(paths[0]):
+        yield from map(read, paths)
+        return
+    pending: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(_AT_A_TIME, "untwin-read")
+    try:
+        for path in paths:
+            # a copy each: a context cannot be entered twice
+            pending.append(pool.submit(contextvars.copy_context().run, read, path))
+            if len(pending) >= _AT_A_TIME:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Writes:
+    """Writes of many files below a folder: some at a time where each waits for a remote storage, else one by one.
+
+    At the end of the `with` block all are done; the first error is raised.
+
+    Args:
+        folder: Where they go.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._pool = ThreadPoolExecutor(_AT_A_TIME, "untwin-write") if is_remote(folder) else None
+        self._pending: deque[tuple[Future[Any], int]] = deque()
+
+    def __enter__(self) -> Writes:
+        return self
+
+    def add(self, size: int, write: Callable[..., Any], *args: Any) -> None:
+        """Call `write(*args)`, which holds about so many bytes until it returns."""
+        if self._pool is None:
+            write(*args)
+            return
+        most = max(0, _WRITTEN_BYTES - size)
+        while len(self._pending) >= _AT_A_TIME or sum(held for _, held in self._pending) > most:
+            self._pending.popleft()[0].result()
+        self._pending.append((self._pool.submit(contextvars.copy_context().run, write, *args), size))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is None:
+            return
+        try:
+            while self._pending and kind is None:
+                self._pending.popleft()[0].result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def read_ahead(produce: Callable[[], Iterator[T]], *, depth: int = 2) -> Iterator[T]:

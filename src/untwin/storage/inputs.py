@@ -56,6 +56,7 @@ class Span:
         group_rows: Rows of each piece in the range.
         group_starts: Position of each piece in the file.
         end: Where the piece behind the last one begins; the size of the file if there is none.
+        size: Bytes of the file.
         first_row: Number of the first row in the plan's order.
         row_in_file: Number of the first row in its file.
     """
@@ -65,6 +66,7 @@ class Span:
     group_rows: tuple[int, ...]
     group_starts: tuple[int, ...]
     end: int
+    size: int
     first_row: int
     row_in_file: int
 
@@ -82,6 +84,7 @@ class Span:
             group_rows=self.group_rows[low:high],
             group_starts=self.group_starts[low:high],
             end=self.group_starts[high] if high < len(self.group_starts) else self.end,
+            size=self.size,
             first_row=self.first_row + skipped,
             row_in_file=self.row_in_file + skipped,
         )
@@ -156,7 +159,7 @@ class ParquetFormat:
 
     def inspect(self, storage: Storage, file: FoundFile) -> FileFacts:
         """Read the footer."""
-        with naming_file(file.path), storage.open(file.path) as source, pq.ParquetFile(source) as parquet:
+        with naming_file(file.path), storage.open(file.path, file.size) as source, pq.ParquetFile(source) as parquet:
             metadata = parquet.metadata
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             rows = tuple(group.num_rows for group in groups)
@@ -176,7 +179,7 @@ class ParquetFormat:
         names = None if columns is None else list(columns)
         with (
             naming_file(span.path),
-            storage.open(span.path) as source,
+            storage.open(span.path, span.size) as source,
             pq.ParquetFile(
                 source, pre_buffer=False, buffer_size=0 if small else PAGE_BUFFER, page_checksum_verification=True
             ) as parquet,
@@ -234,7 +237,7 @@ class JsonLinesFormat:
         starts: list[int] = []
         schema = pa.schema([])
         with naming_file(file.path):
-            for start, lines in self._chunks(storage, file.path, 0, file.size):
+            for start, lines in self._chunks(storage, file.path, file.size, 0, file.size):
                 if not rows:
                     schema = _named(_schema_of(lines[:1000]))
                 starts.append(start)
@@ -248,7 +251,7 @@ class JsonLinesFormat:
         """Parse lines; with `columns=None` the only column is `line`, the verbatim bytes."""
         row = span.row_in_file
         with naming_file(span.path):
-            for _, lines in self._chunks(storage, span.path, span.group_starts[0], span.end):
+            for _, lines in self._chunks(storage, span.path, span.size, span.group_starts[0], span.end):
                 for low in range(0, len(lines), batch_rows):
                     part = lines[low : low + batch_rows]
                     if columns is None:
@@ -276,9 +279,9 @@ class JsonLinesFormat:
         return table
 
     @staticmethod
-    def _chunks(storage: Storage, path: str, start: int, end: int) -> Iterator[tuple[int, list[bytes]]]:
+    def _chunks(storage: Storage, path: str, size: int, start: int, end: int) -> Iterator[tuple[int, list[bytes]]]:
         """Yield (position, non-blank lines) of pieces that end at line ends."""
-        with storage.open(path) as source:
+        with storage.open(path, size) as source:
             source.seek(start)
             position, rest = start, b""
             while position + len(rest) < end:
@@ -415,8 +418,8 @@ class NpyFormat:
                 return candidate
         raise DamagedFileError(f"{redact(path)}: its {name} is missing (looked for {', '.join(candidates)})")
 
-    def _header(self, storage: Storage, path: str) -> tuple[tuple[int, int], np.dtype[Any], int]:
-        with storage.open(path) as source:
+    def _header(self, storage: Storage, path: str, size: int) -> tuple[tuple[int, int], np.dtype[Any], int]:
+        with storage.open(path, size) as source:
             try:
                 version = np.lib.format.read_magic(source)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -438,7 +441,7 @@ class NpyFormat:
     def inspect(self, storage: Storage, file: FoundFile) -> FileFacts:
         """Read the array's header and the metadata's footer."""
         with naming_file(file.path):
-            (n_rows, dim), dtype, offset = self._header(storage, file.path)
+            (n_rows, dim), dtype, offset = self._header(storage, file.path, file.size)
             if file.size != offset + n_rows * dim * dtype.itemsize:
                 raise DamagedFileError(
                     f"{redact(file.path)}: {file.size} bytes where its header says "
@@ -469,8 +472,8 @@ class NpyFormat:
         wanted = None if columns is None else [name for name in columns if name != self.embedding_column]
         with_vectors = columns is None or self.embedding_column in columns
         with naming_file(span.path):
-            (_, dim), dtype, offset = self._header(storage, span.path)
-            with storage.open(span.path) as source:
+            (_, dim), dtype, offset = self._header(storage, span.path, span.size)
+            with storage.open(span.path, span.size) as source:
                 row = span.row_in_file
                 for metadata in self._metadata(storage, span, wanted, batch_rows):
                     arrays = dict(zip(metadata.schema.names, metadata.columns, strict=True))

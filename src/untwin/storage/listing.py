@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
+import functools
 import hashlib
 import posixpath
 import re
@@ -22,13 +22,24 @@ from numpy.typing import NDArray
 
 from untwin.errors import ChangedInputError, DamagedFileError, InputNotFoundError, ParameterError, SchemaError
 from untwin.storage.columns import check_sound, common_id_type, embedding_dim, id_type, list_lengths, without_views
-from untwin.storage.files import FoundFile, Storage, is_remote, join, normalize_path, redact
+from untwin.storage.files import FoundFile, Storage, is_remote, join, normalize_path, read_many, redact
 from untwin.storage.inputs import FileFacts, InputFormat, Span, input_format, naming_file
+from untwin.storage.spread import in_parts
 
 _CURATOR_FOLDER = re.compile(r"[^_]+_embd(_[^_]+)?_parquet")
 _CURATOR_PREFIXES = {"internvideo2": "iv2", "cosmos-embed1": "ce1"}
 _PEEKED_ROWS = 1000
 _CHECKED_ROWS, _CHECKED_BYTES = 1 << 16, 8 << 20
+_LOCAL_READS, _REMOTE_READS = 4, 32
+_FACTS = pa.schema(
+    [
+        ("rows", pa.int64()),
+        ("group_rows", pa.large_list(pa.int64())),
+        ("group_starts", pa.large_list(pa.int64())),
+        ("group_bytes", pa.large_list(pa.int64())),
+        ("problem", pa.large_string()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,7 @@ class Listing:
                 group_rows=tuple(row["group_rows"][low:high]),
                 group_starts=tuple(starts[low:high]),
                 end=starts[high] if high < len(starts) else row["size"],
+                size=row["size"],
                 first_row=first_row,
                 row_in_file=first_row - row["first_row"],
             )
@@ -180,23 +192,27 @@ class Listing:
 
     def check_unchanged(self, storage: Storage) -> None:
         """Raise ChangedInputError if a file is gone, or has another size or version than when it was listed."""
-        rows = zip(*(self.files[name].to_pylist() for name in ("path", "size", "version")), strict=True)
+        columns = (self.files[name].to_pylist() for name in ("path", "size", "version"))
+        files = [FoundFile(*row) for row in zip(*columns, strict=True)]
+        for _ in in_parts(functools.partial(_check_unchanged, storage), files):
+            pass
 
-        def check(row: tuple[str, int, str]) -> None:
-            path, size, version = row
-            try:
-                now = storage.stat(path)
-            except FileNotFoundError as error:
-                raise ChangedInputError(f"{redact(path)}: this input file is gone since the run") from error
-            if now.size != size or now.version != version:
-                raise ChangedInputError(
-                    f"{redact(path)}: this input file changed since the run (it had {size} bytes, now {now.size}); "
-                    "run again on the new input"
-                )
 
-        with ThreadPoolExecutor(16) as pool:
-            for _ in pool.map(check, rows, chunksize=64):
-                pass
+def _check_unchanged(storage: Storage, files: Sequence[FoundFile]) -> None:
+    def check(file: FoundFile) -> None:
+        try:
+            now = storage.stat(file.path)
+        except FileNotFoundError as error:
+            raise ChangedInputError(f"{redact(file.path)}: this input file is gone since the run") from error
+        if now != file:
+            raise ChangedInputError(
+                f"{redact(file.path)}: this input file changed since the run (it had {file.size} bytes, now "
+                f"{now.size}); run again on the new input"
+            )
+
+    with ThreadPoolExecutor(16) as pool:
+        for _ in pool.map(check, files, chunksize=64):
+            pass
 
 
 @dataclass(frozen=True)
@@ -244,40 +260,26 @@ def list_inputs(
     found = _find(storage, inputs, format_, extensions, exclude)
     if known is not None and known._versions() == {file.path: (file.size, file.version) for file, _ in found}:
         return known
-    paths = [file.path for file, _ in found]
-
-    def inspect(file: FoundFile) -> FileFacts:
-        try:
-            facts = format_.inspect(storage, file)
-            if skip_bad_files:
-                _read_through(storage, format_, file, facts, fields)
-            return facts
-        except DamagedFileError as error:
-            if not skip_bad_files:
-                raise
-            return FileFacts(pa.schema([]), (), (), (), str(error))
-
-    workers = 32 if any(map(is_remote, paths[:1])) else 4
-    with ThreadPoolExecutor(workers) as pool:
-        facts: list[FileFacts] = []
-        for fact in pool.map(lambda item: inspect(item[0]), found):
-            # most files have the schema of the one before: kept once, it does not add up over a million files
-            same = facts and fact.schema.equals(facts[-1].schema)
-            facts.append(dataclasses.replace(fact, schema=facts[-1].schema) if same else fact)
-    ids, fixed_dims, metadata_types = _check_schemas(facts, paths, fields, filetype)
-    rows = np.array([sum(fact.group_rows) for fact in facts], dtype=np.int64)
+    files = [file for file, _ in found]
+    paths = [file.path for file in files]
+    batches: list[pa.RecordBatch] = []
+    schemas: list[tuple[str, pa.Schema]] = []
+    for batch, some in in_parts(_Inspection(storage, filetype, fields, skip_bad_files), files):
+        batches.append(batch)
+        repeated = schemas and some and some[0][1].equals(schemas[-1][1])
+        schemas += some[1:] if repeated else some
+    facts = pa.Table.from_batches(batches, _FACTS).combine_chunks()
+    ids, fixed_dims, metadata_types = _check_schemas(schemas, fields)
+    rows = facts["rows"].to_numpy()
     table = pa.table(
         {
             "path": pa.array(paths, pa.large_string()),
             "relative": pa.array([relative for _, relative in found], pa.large_string()),
-            "size": pa.array([file.size for file, _ in found], pa.int64()),
-            "version": pa.array([file.version for file, _ in found], pa.large_string()),
+            "size": pa.array([file.size for file in files], pa.int64()),
+            "version": pa.array([file.version for file in files], pa.large_string()),
             "rows": rows,
             "first_row": np.cumsum(rows) - rows,
-            "group_rows": pa.array([fact.group_rows for fact in facts], pa.large_list(pa.int64())),
-            "group_starts": pa.array([fact.group_starts for fact in facts], pa.large_list(pa.int64())),
-            "group_bytes": pa.array([fact.group_bytes for fact in facts], pa.large_list(pa.int64())),
-            "problem": pa.array([fact.problem for fact in facts], pa.large_string()),
+            **{name: facts[name] for name in _FACTS.names[1:]},
         }
     )
     if dim is not None and fixed_dims and dim not in fixed_dims and None not in fixed_dims:
@@ -298,6 +300,40 @@ def list_inputs(
     return Listing(table, filetype, ids, int(dim or 0), metadata_types)
 
 
+@dataclass(frozen=True)
+class _Inspection:
+    """Reads the footers of some files: a row for each file, and each schema with the first file that has it."""
+
+    storage: Storage
+    filetype: str
+    fields: Fields
+    skip_bad_files: bool
+
+    def __call__(self, files: Sequence[FoundFile]) -> tuple[pa.RecordBatch, list[tuple[str, pa.Schema]]]:
+        facts: list[tuple[Any, ...]] = []
+        schemas: list[tuple[str, pa.Schema]] = []
+        with ThreadPoolExecutor(_REMOTE_READS if is_remote(files[0].path) else _LOCAL_READS) as pool:
+            for file, fact in zip(files, pool.map(self._facts, files), strict=True):
+                facts.append((sum(fact.group_rows), fact.group_rows, fact.group_starts, fact.group_bytes, fact.problem))
+                with_columns = not fact.problem and (fact.group_rows or self.filetype == "parquet")
+                if with_columns and not (schemas and fact.schema.equals(schemas[-1][1])):
+                    schemas.append((file.path, fact.schema))
+        columns = [pa.array(values, field.type) for values, field in zip(zip(*facts, strict=True), _FACTS, strict=True)]
+        return pa.record_batch(columns, schema=_FACTS), schemas
+
+    def _facts(self, file: FoundFile) -> FileFacts:
+        format_ = input_format(self.filetype)
+        try:
+            facts = format_.inspect(self.storage, file)
+            if self.skip_bad_files:
+                _read_through(self.storage, format_, file, facts, self.fields)
+            return facts
+        except DamagedFileError as error:
+            if not self.skip_bad_files:
+                raise
+            return FileFacts(pa.schema([]), (), (), (), str(error))
+
+
 def _read_through(storage: Storage, format_: InputFormat, file: FoundFile, facts: FileFacts, fields: Fields) -> None:
     """Decode all that a run can ever read of a file, in bounded batches.
 
@@ -307,7 +343,7 @@ def _read_through(storage: Storage, format_: InputFormat, file: FoundFile, facts
     n_rows = sum(facts.group_rows)
     if not n_rows:
         return
-    span = Span(file.path, 0, facts.group_rows, facts.group_starts, file.size, 0, 0)
+    span = Span(file.path, 0, facts.group_rows, facts.group_starts, file.size, file.size, 0, 0)
     size = max(1, min(_CHECKED_ROWS, _CHECKED_BYTES * n_rows // max(1, sum(facts.group_bytes))))
     names = [name for name in fields.names if name in facts.schema.names]
     # lines are copied as they are, so it is enough that the wanted columns can be parsed
@@ -330,26 +366,25 @@ def _find(
     endings = tuple(f".{ending.lower().lstrip('.')}" for ending in extensions or ())
     if not inputs:
         raise InputNotFoundError("no input path given")
-    for given in inputs:
-        for path in _expand(storage, given, exclude):
-            if storage.is_folder(path):
-                folder = _curator_folder(storage, path)
-                below = [file for file in storage.find(folder) if not _is_ours(file.path, folder, exclude)]
-                chosen = (
-                    [file for file in below if file.path.lower().endswith(endings)]
-                    if endings
-                    else format_.select(below)
-                )
-                if not chosen:
-                    wanted = " ".join(f"*{ending}" for ending in endings or format_.suffixes)
-                    raise InputNotFoundError(f"{redact(path)}: no {wanted} files in this folder")
-                pairs = [(file, posixpath.relpath(file.path, folder)) for file in chosen]
-            elif storage.exists(path):
-                pairs = [(storage.stat(path), posixpath.basename(path))]
-            else:
-                raise InputNotFoundError(f"{redact(path)}: no such file or folder")
-            for file, relative in pairs:
-                found.setdefault(file.path, (file, relative))
+
+    def below(path: str) -> list[tuple[FoundFile, str]]:
+        if storage.is_folder(path):
+            folder = _curator_folder(storage, path)
+            files = [file for file in storage.find(folder) if not _is_ours(file.path, folder, exclude)]
+            chosen = (
+                [file for file in files if file.path.lower().endswith(endings)] if endings else format_.select(files)
+            )
+            if not chosen:
+                wanted = " ".join(f"*{ending}" for ending in endings or format_.suffixes)
+                raise InputNotFoundError(f"{redact(path)}: no {wanted} files in this folder")
+            return [(file, posixpath.relpath(file.path, folder)) for file in chosen]
+        if not storage.exists(path):
+            raise InputNotFoundError(f"{redact(path)}: no such file or folder")
+        return [(storage.stat(path), posixpath.basename(path))]
+
+    for pairs in read_many(below, [path for given in inputs for path in _expand(storage, given, exclude)]):
+        for file, relative in pairs:
+            found.setdefault(file.path, (file, relative))
     pairs = [found[path] for path in sorted(found)]
     taken = Counter(relative for _, relative in pairs)
     return [
@@ -412,32 +447,26 @@ def _curator_folder(storage: Storage, folder: str) -> str:
 
 
 def _check_schemas(
-    facts: Sequence[FileFacts], paths: Sequence[str], fields: Fields, filetype: str
+    schemas: Sequence[tuple[str, pa.Schema]], fields: Fields
 ) -> tuple[pa.DataType, Counter[int | None], tuple[pa.DataType, ...]]:
     ids: pa.DataType | None = None
     ids_path = ""
     dims: Counter[int | None] = Counter()
-    previous: pa.Schema | None = None
     metadata_types: list[pa.DataType] = []
     metadata_paths: list[str] = []
     vectors_path = ""
-    for fact, path in zip(facts, paths, strict=True):
-        if fact.problem or (not fact.group_rows and filetype != "parquet"):
-            continue
-        if previous is not None and fact.schema.equals(previous):
-            continue
-        previous = fact.schema
+    for path, schema in schemas:
         for name in fields.names:
-            if name not in fact.schema.names:
-                has_it = next((other for f, other in zip(facts, paths, strict=True) if name in f.schema.names), "")
+            if name not in schema.names:
+                has_it = next((other for other, columns in schemas if name in columns.names), "")
                 elsewhere = f"; {redact(has_it)} has it" if has_it else ""
                 raise SchemaError(
-                    f"{redact(path)}: no column {name!r}; it has {', '.join(map(repr, fact.schema.names))}{elsewhere}"
+                    f"{redact(path)}: no column {name!r}; it has {', '.join(map(repr, schema.names))}{elsewhere}"
                 )
-            if fact.schema.names.count(name) > 1:
+            if schema.names.count(name) > 1:
                 raise SchemaError(f"{redact(path)}: more than one column is called {name!r}")
         # a column of nulls only fits any type: its rows are rejected
-        id_kind = fact.schema.field(fields.id_field).type
+        id_kind = schema.field(fields.id_field).type
         found = ids if pa.types.is_null(id_kind) else id_type(id_kind)
         if found is None and not pa.types.is_null(id_kind):
             elsewhere = f"; in {redact(ids_path)} it is {ids}" if ids_path else ""
@@ -454,7 +483,7 @@ def _check_schemas(
         ids, ids_path = common, ids_path or (path if found is not None else "")
         if not fields.embedding_field:
             continue
-        vector_kind = fact.schema.field(fields.embedding_field).type
+        vector_kind = schema.field(fields.embedding_field).type
         try:
             if not pa.types.is_null(vector_kind):
                 dims[embedding_dim(vector_kind)] += 1
@@ -462,7 +491,7 @@ def _check_schemas(
         except SchemaError as error:
             elsewhere = f"; in {redact(vectors_path)} it is" if vectors_path else ""
             raise SchemaError(f"{redact(path)}: column {fields.embedding_field!r} {error}{elsewhere}") from None
-        types = [without_views(fact.schema.field(name).type) for name in fields.metadata_fields]
+        types = [without_views(schema.field(name).type) for name in fields.metadata_fields]
         if not metadata_types:
             metadata_types, metadata_paths = types, [path] * len(types)
         for index, (name, known, new) in enumerate(zip(fields.metadata_fields, metadata_types, types, strict=True)):
@@ -497,9 +526,15 @@ def _peek_dim(storage: Storage, listing: Listing, fields: Fields) -> int:
     candidates = with_rows[first]
     chosen = candidates[:: max(1, len(candidates) // 16)][:16]
     lengths: Counter[int] = Counter()
-    for group in chosen.tolist():
+
+    def peek(group: int) -> list[int]:
         span = next(listing.spans(group, group + 1, groups))
         batch = next(iter(listing.format.read(storage, span, [fields.embedding_field], _PEEKED_ROWS)))
-        lengths.update(list_lengths(batch.column(0)).tolist())
+        found: list[int] = list_lengths(batch.column(0)).tolist()
+        return found
+
+    with ThreadPoolExecutor(_LOCAL_READS) as pool:
+        for found in pool.map(peek, chosen.tolist()):
+            lengths.update(found)
     lengths.pop(0, None)
     return max(lengths, key=lambda length: (lengths[length], length)) if lengths else 0

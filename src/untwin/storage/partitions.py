@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import io
 import re
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ from untwin.storage.inputs import PAGE_BUFFER, naming_file
 ROW = "_row"
 CENTROIDS = "_centroids.npy"
 _FOLDER = re.compile(r"^centroid=(\d+)$")
-_held = threading.local()
+_held: contextvars.ContextVar[dict[str, pa.Table] | None] = contextvars.ContextVar("untwin-partitions", default=None)
 
 
 def partition_path(folder: str, centroid: int, part: int = 0) -> str:
@@ -55,16 +56,28 @@ def write_partition(storage: Storage, path: str, schema: pa.Schema, tables: Iter
     return n_rows
 
 
-def hold(storage: Storage, tables: dict[str, pa.Table]) -> None:
-    """Keep the partitions that this thread has just written, for the stage that reads them next in this thread."""
-    _held.tables = {path: (storage.stat(path), table) for path, table in tables.items()}
+@contextlib.contextmanager
+def holding() -> Iterator[None]:
+    """Let `hold` keep what a unit of work writes until the unit is done."""
+    token = _held.set({})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def hold(tables: dict[str, pa.Table]) -> None:
+    """Keep the partitions that the unit at work has just written, for its stage that reads them next."""
+    held = _held.get()
+    if held is not None:
+        held.clear()
+        held.update(tables)
 
 
 def read_partition(storage: Storage, paths: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
-    """All rows of a cluster, from memory if this thread has just written them."""
-    tables = getattr(_held, "tables", None) or {}
-    written, held = tables.pop(paths[0], (None, None)) if len(paths) == 1 else (None, None)
-    if held is not None and storage.stat(paths[0]) == written:
+    """All rows of a cluster, from memory if the unit at work has just written them."""
+    held = (_held.get() or {}).pop(paths[0], None) if len(paths) == 1 else None
+    if held is not None:
         _require(held.schema, columns or (), paths[0])
         return held if columns is None else held.select(list(columns))
     parts = []

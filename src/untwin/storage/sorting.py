@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from untwin.storage.files import Storage
+from untwin.storage.files import Storage, read_many
 from untwin.storage.inputs import naming_file
 from untwin.storage.partitions import read_table
 
@@ -33,22 +34,19 @@ def merge_sorted(storage: Storage, paths: Sequence[str], keys: Sequence[str], me
 
     Reads ranges of the first key that fit the budget; rows with the same first key are never split.
     """
-    facts = [_facts(storage, path) for path in paths]
+    facts = list(read_many(partial(_facts, storage), paths))
     n_bytes = sum(size for _, size in facts)
-    n_rows = sum(rows for rows, _ in facts)
-    if not n_rows:
+    paths = [path for path, (rows, _) in zip(paths, facts, strict=True) if rows]
+    if not paths:
         return
     if n_bytes * 4 <= memory:
-        tables = [read_table(storage, path) for path, (rows, _) in zip(paths, facts, strict=True) if rows]
-        yield sort_table(pa.concat_tables(tables), keys)
+        yield sort_table(pa.concat_tables(list(read_many(partial(read_table, storage), paths))), keys)
         return
     key = keys[0]
     samples = []
-    for path, (rows, _) in zip(paths, facts, strict=True):
-        if rows:
-            column = read_table(storage, path, [key])[key]
-            step = max(1, min(_EVERY, rows // 4))
-            samples.append(column.take(pa.array(np.arange(0, rows, step))).combine_chunks())
+    for table in read_many(partial(read_table, storage, columns=[key]), paths):
+        step = max(1, min(_EVERY, len(table) // 4))
+        samples.append(table[key].take(pa.array(np.arange(0, len(table), step))).combine_chunks())
     pool = pa.chunked_array(samples).combine_chunks()
     pool = pool.take(pc.sort_indices(pool)).drop_null().unique()
     ranges = min(len(pool), max(1, -(-n_bytes * 6 // memory)))
@@ -64,10 +62,7 @@ def merge_sorted(storage: Storage, paths: Sequence[str], keys: Sequence[str], me
         elif condition is not None:
             # the last range also has the nulls
             condition |= field.is_null()
-        parts = [
-            read_table(storage, path, condition=condition) for path, (rows, _) in zip(paths, facts, strict=True) if rows
-        ]
-        table = pa.concat_tables(parts)
+        table = pa.concat_tables(list(read_many(partial(read_table, storage, condition=condition), paths)))
         if table.num_rows:
             yield sort_table(table, keys)
 
