@@ -287,7 +287,8 @@ def test_an_error_arrives_unchanged_and_the_other_units_stop(cluster, tmp_path, 
     assert str(raised.value) == (f"TwoPartsError: {error}" if kind == "stays" else str(error))
     assert "in stage pieces, unit 1" in raised.value.__notes__
     before = sorted((path.name, path.read_text()) for path in tmp_path.iterdir())
-    assert [name for name, _ in before] == ["0"]
+    # Ray may have begun the one unit that waited before it was told to stop
+    assert [name for name, _ in before] in (["0"], ["0", "2"])
     time.sleep(0.5)
     assert before == sorted((path.name, path.read_text()) for path in tmp_path.iterdir())
 

@@ -61,7 +61,8 @@ class Gate(Proxy):
 
     def _is_shut(self, request):
         of_input = request.key.startswith("in/") or re.search(r"prefix=in(%2F|&|$)", request.query)
-        small = request.key.endswith(("_centroids.npy", ".bits")) or "/_work/repeats/" in request.key
+        small = request.key.endswith(("_centroids.npy", ".bits", ".starts"))
+        small = small or re.search(r"/_work/(repeats|counts)/", request.key)
         return of_input or (request.kind == "GET" and self.VECTORS.search(request.key) and not small)
 
 

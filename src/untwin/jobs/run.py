@@ -60,6 +60,8 @@ _NEIGHBOURS = 48
 """Centroids that a row of the sample is compared with, where it is not all of them."""
 _UNIT_SPREAD = 1.12
 """Clusters are grouped into units by an estimate of their rows; a unit can have so many times the rows it aims at."""
+_CLUSTER_SPREAD = 4
+"""The largest cluster can have so many times the rows of the mean; more is a giant cluster."""
 SIDE_BYTES = 150
 """Of a row's id, metadata and results, on the disk."""
 
@@ -140,8 +142,8 @@ class PreparedRun:
             AssignStage: Task(0, largest_input),
             RepeatsStage: Task(0, plan.n_rows // plan.id_partitions),
         }
-        size = plan.n_rows // plan.n_clusters
         n_rows = plan.n_rows if plan.n_clusters == 1 else min(plan.n_rows, int(_UNIT_SPREAD * plan.unit_rows))
+        size = min(n_rows, _CLUSTER_SPREAD * plan.n_rows // plan.n_clusters)
         clusters = tuple(Cluster(number, size, ()) for number in range(min(2, plan.n_clusters)))
         group = ClustersTask(0, n_rows, plan.dim, clusters)
         known[CrossStage] = HostsTask(0, n_rows, 0, plan.dim, clusters, n_rows)
