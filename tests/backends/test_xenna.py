@@ -64,22 +64,13 @@ def assert_no_workers_are_left():
         time.sleep(0.2)
 
 
-class Chosen:
+class TestXenna(Conformance):
     options: ClassVar = {"backend": "xenna", "workers": 2}
     executor = staticmethod(lambda: make_executor("xenna", 2))
 
-
-class TestXennaInShort(Chosen):
-    test_too_little_memory = Conformance.test_too_little_memory
-
-    def test_a_users_mistake_arrives_as_it_is_and_leaves_no_workers(self, tmp_path):
-        Conformance.test_a_users_mistake_arrives_as_it_is(self, tmp_path)
+    def test_a_users_mistake_arrives_as_it_is(self, tmp_path):
+        super().test_a_users_mistake_arrives_as_it_is(tmp_path)
         assert_no_workers_are_left()
-
-
-@pytest.mark.slow
-class TestXenna(Chosen, Conformance):
-    pass
 
 
 def test_the_tutorial_runs_as_it_is_written_and_gives_what_the_local_backend_gives(tmp_path, capfd):
