@@ -105,7 +105,7 @@ class Killer(Counted):
 
 def test_a_run_that_loses_workers_has_the_same_answer(source, expected, tmp_path):  # noqa: F811
     progress = Killer()
-    deduplicate(source, tmp_path / "out", **OPTIONS, **Chosen.options, progress=progress)
+    deduplicate(source, tmp_path / "out", **OPTIONS, **TestXenna.options, progress=progress)
     assert progress.killed > 0
     assert progress.rows == progress.wanted
     assert Answer(tmp_path / "out") == expected("plain")[1]
@@ -115,7 +115,7 @@ def test_a_run_that_was_interrupted_on_the_local_backend_is_finished(source, exp
     with pytest.raises(KeyboardInterrupt):
         deduplicate(source, tmp_path / "out", **OPTIONS, **REFERENCE, progress=Counted("pairwise", 300))
     progress = Counted()
-    deduplicate(source, tmp_path / "out", **OPTIONS, **Chosen.options, progress=progress)
+    deduplicate(source, tmp_path / "out", **OPTIONS, **TestXenna.options, progress=progress)
     assert Answer(tmp_path / "out") == expected("plain")[1]
     assert "remove" in progress.rows
     assert not {"sample", "fit"} & progress.rows.keys()
@@ -141,7 +141,7 @@ def test_a_unit_that_kills_each_of_its_workers_ends_in_an_error():
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.raises(ResourceError, match=r"stage deadly: the last of 6 pipelines of Xenna failed"):
-        Chosen.executor().execute([Deadly()])
+        TestXenna.executor().execute([Deadly()])
     assert_no_workers_are_left()
 
 
