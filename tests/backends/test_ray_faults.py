@@ -370,10 +370,10 @@ def test_an_interrupt_ends_the_run_and_any_backend_goes_on(cluster, source, tmp_
     assert seconds < 15
     assert not (out / "_lock.json").exists()
     wait_for(lambda: is_gone(json.loads((marks / f"{chain}.json").read_text())["pid"]), 10)
-    assert not list(out.rglob("_tmp-*"))
     result = deduplicate(source, out, **OPTIONS)
     assert result.n_reused > 10
     assert Answer(out) == undisturbed[1]
+    assert not list(out.rglob("_tmp-*"))  # a worker that had to be killed may have left one until then
 
 
 @pytest.mark.slow
