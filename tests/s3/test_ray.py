@@ -285,6 +285,7 @@ def check_course(course, n_clusters, faults):
     assert ratio < 3
 
 
+@pytest.mark.slow
 def test_latency_and_503_cost_less_than_three_times_the_time(gate, cluster, endpoint):
     plans = {"warm": lambda _: None, "plain": lambda _: None, "faulty": slow(0.01)}
     ray = {"backend": "ray"}
