@@ -311,7 +311,8 @@ def _stay_and_resume(proxy, proxied, source, local, where, fault, said):
     number, chosen, prefix = STAYING[where]
     proxy.reset(After(number, chosen, fault))
     started = time.monotonic()
-    text = command(proxied, "-v", code=2)
+    # with so little nothing is held in memory, so the input is read again in mid-run
+    text = command(proxied, "-v", "--memory", "512MB", code=2)
     took = time.monotonic() - started
     assert f"untwin: {proxied.url(prefix)}" in text
     assert said in text
