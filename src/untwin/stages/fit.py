@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 from untwin.core import ArrayBlocks, fit
 from untwin.errors import ParameterError, TooManyRejectedError
 from untwin.plan import split_evenly
-from untwin.stages.base import Context, Stage, Task, Upstream
+from untwin.stages.base import Context, ParallelMap, Stage, Task, Upstream
 from untwin.stages.clustering import Clustering
 from untwin.stages.tasks import CentroidsTask, SampleTask
-from untwin.storage.files import join
+from untwin.storage.files import is_remote, join
 from untwin.storage.partitions import CENTROIDS, write_array
 from untwin.storage.rows import batch_rows
 from untwin.storage.sample import SampleBlocks, read_hashes
@@ -65,8 +65,9 @@ class FitStage(Stage):
         in_memory = self.memory(task) <= context.memory
         spread = None if in_memory else context.spread
         paths = [part.path for part in self._parts if part.n_sampled]
-        with ThreadPoolExecutor(_READERS) as readers:
-            batches = list((spread or readers.map)(partial(read_hashes, job.target), paths))
+        # so many wait for a remote storage; for a disk each would only hold one more batch in memory
+        read_map = _with_many_threads if is_remote(job.output_path) else context.map
+        batches = list((spread or read_map)(partial(read_hashes, job.target), paths))
         distinct = np.unique(
             np.concatenate([np.empty(0, np.uint64), *(hashes for part in batches for _, hashes in part)])
         )
@@ -96,7 +97,7 @@ class FitStage(Stage):
                 f"n_clusters is {job.plan.n_clusters}, but only {n_sampled} of the rows to fit on can be judged; "
                 "lower n_clusters"
             )
-        blocks = _loaded(on_disk) if in_memory else on_disk
+        blocks = _loaded(on_disk, read_map) if in_memory else on_disk
         result = fit(
             blocks, job.plan.n_clusters, seed=job.seed, executor_map=context.map, spread=spread, **self._options
         )
@@ -118,7 +119,12 @@ class FitStage(Stage):
         )
 
 
-def _loaded(blocks: SampleBlocks) -> ArrayBlocks:
+def _with_many_threads(function: Callable[[Any], Any], items: Iterable[Any], /) -> Iterator[Any]:
+    with ThreadPoolExecutor(_READERS) as readers:
+        yield from readers.map(function, items)
+
+
+def _loaded(blocks: SampleBlocks, read_map: ParallelMap) -> ArrayBlocks:
     vectors = np.empty((blocks.n_rows, blocks.dim), np.float32)
     hashes = np.empty(blocks.n_rows, np.uint64)
     ends = np.cumsum([0] + [blocks.count(index) for index in range(len(blocks))])
@@ -127,6 +133,5 @@ def _loaded(blocks: SampleBlocks) -> ArrayBlocks:
         rows = slice(ends[index], ends[index + 1])
         blocks.read(index, 0, vectors[rows], hashes[rows])
 
-    with ThreadPoolExecutor(_READERS) as readers:
-        list(readers.map(read, range(len(blocks))))
+    list(read_map(read, range(len(blocks))))
     return ArrayBlocks(vectors, hashes, batch_rows(blocks.dim))
