@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 from untwin.stages import pairwise
 from untwin.stages.fit import FitStage
@@ -19,8 +20,8 @@ class NotedPairwise(PairwiseStage):
     folder = ""
 
     def process(self, task, context):
-        pairwise._SPREAD_WORK, pairwise._SPREAD_ROWS = 0, (512, 512)
-        return super().process(task, noting(context, Path(self.folder, "pairwise")))
+        with mock.patch.multiple(pairwise, _SPREAD_WORK=0, _SPREAD_ROWS=(512, 512)):
+            return super().process(task, noting(context, Path(self.folder, "pairwise")))
 
 
 def noting(context, path):

@@ -352,7 +352,6 @@ def test_what_ray_says_of_a_lost_worker_is_not_mixed_with_the_result(cluster, so
     assert "its worker was lost" in text
 
 
-@pytest.mark.slow  # Ray 2.60 itself fails now and then when a task that is cancelled ends at that moment
 @pytest.mark.parametrize("where", ["cluster", "own"])
 def test_an_interrupt_ends_the_run_and_any_backend_goes_on(cluster, source, tmp_path, marks, undisturbed, where):
     out = tmp_path / "out"

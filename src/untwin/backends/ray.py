@@ -97,6 +97,7 @@ class RayExecutor(Executor):
     name = "ray"
 
     def __init__(self, address: str | None = None, workers: int | None = None, memory: int | None = None) -> None:
+        self._address = address
         self._workers = None if workers is None else check_workers(workers)
         budget = None if memory is None else check_memory(memory)
         _connect(address, self._workers)
@@ -118,6 +119,7 @@ class RayExecutor(Executor):
     @contextmanager
     def at_work(self, stages: Sequence[Stage]) -> Iterator[Crew]:
         """The workers of the cluster, once it is known that they see the storage."""
+        _connect(self._address, self._workers)  # an interrupt may have ended what was there
         self._check_storage(stages)
         with ThreadPoolExecutor(_RECORDERS, "untwin-record") as recorders:
             crew = _Tasks(self.memory, self._workers, self.units_by_node, recorders)
@@ -128,13 +130,14 @@ class RayExecutor(Executor):
 
     def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
         """Call a function on a worker."""
+        _connect(self._address, self._workers)
         held = [ray.put((function, args, options))]
         task = _remote(_call, num_cpus=1, max_retries=_TRIES - 1, name=function.__name__)
         reference = task.remote(held, self.memory)
         try:
             outcome = ray.get(reference)
         except KeyboardInterrupt:
-            _cancel([reference])
+            _cancel([reference], interrupted=True)
             raise
         except RayError as error:
             raise _lost(function.__name__, error) from error
@@ -268,8 +271,8 @@ class _Tasks(Crew):
                 for future in [future for future in recording if future.done() or not pending]:
                     future.result()
                     progress.advance(recording.pop(future).n_rows)
-        except BaseException:
-            _cancel(list(pending))
+        except BaseException as error:
+            _cancel(list(pending), interrupted=isinstance(error, KeyboardInterrupt))
             raise
 
     def _in_flight(self, n_cpus: int) -> int:
@@ -465,6 +468,7 @@ def _connect(address: str | None, workers: int | None) -> None:
         n_cpus = workers or default_workers()
         with _on_loopback():  # nobody else is to use it
             ray.init(address="local", num_cpus=n_cpus, include_dashboard=False, **quiet)
+        _started.add(ray.get_runtime_context().gcs_address)
         return
     started = time.monotonic()
     hint = "start one with 'ray start --head', or leave --ray-address out for one on this machine"
@@ -621,12 +625,28 @@ def _first_line(error: BaseException) -> str:
     return next((line for line in lines if "No module named" in line), lines[0] if lines else type(error).__name__)
 
 
-def _cancel(references: Sequence[Any]) -> None:
-    """Interrupt tasks, so that they leave no half-written file; those that do not stop are killed."""
-    for reference in references:
+def _cancel(references: Sequence[Any], *, interrupted: bool) -> None:
+    """Interrupt tasks, so that they leave no half-written file; those that do not stop are killed.
+
+    A Ray that was started here is ended on an interrupt: a terminal sends that to its workers, too, and where a task is
+    cancelled that just goes to a worker, Ray 2.60 ends this process with a failed check of its own. For the same
+    reason tasks that wait are cancelled before those that run.
+    """
+    if interrupted and _is_own():
+        ray.shutdown()
+        return
+    for reference in reversed(references):
         with contextlib.suppress(Exception):
             ray.cancel(reference, recursive=True)
     with contextlib.suppress(Exception):
         _, running = ray.wait(list(references), num_returns=len(references), timeout=_CANCEL_SECONDS)
         for reference in running:
             ray.cancel(reference, force=True, recursive=True)
+
+
+_started: set[str] = set()
+"""Where the clusters listen that this process has started."""
+
+
+def _is_own() -> bool:
+    return bool(_started) and ray.get_runtime_context().gcs_address in _started
