@@ -1,0 +1,1 @@
+"""Media files: finding them, and decoding them in processes of their own."""
