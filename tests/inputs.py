@@ -1,5 +1,6 @@
 """Small inputs whose right answer can be seen, and readers of what a run wrote. No tests here."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -55,6 +56,52 @@ def write_split(folder, table, n_files, **options):
     for number, (low, high) in enumerate(pairwise(bounds)):
         write_parquet(Path(folder) / f"part-{number:05}.parquet", table.slice(low, high - low), **options)
     return str(folder)
+
+
+def awkward_source(folder, n_rows, n_files, dim=16):
+    """Rows in many files: clusters, near-duplicates, repeated ids, and rows that cannot be judged."""
+    rng = np.random.default_rng(11)
+    centres = rng.standard_normal((30, dim))
+    vectors = centres[rng.integers(0, 30, n_rows)] + 0.25 * rng.standard_normal((n_rows, dim))
+    twins = rng.integers(0, n_rows, n_rows // 4)
+    vectors[rng.permutation(n_rows)[: len(twins)]] = vectors[twins] + 0.001 * rng.standard_normal((len(twins), dim))
+    rows = list(vectors.astype(np.float32))
+    ids = [f"clip-{number:05}" for number in rng.permutation(n_rows)]
+    for row in range(0, n_rows, 97):
+        rows[row] = None if row % 2 else np.zeros(dim, np.float32)
+    for row in range(50, n_rows, 120):
+        ids[row], rows[row] = ids[row - 7], rows[row - 7]
+    return write_split(folder, table_of(ids, rows, n=pa.array(range(n_rows))), n_files, row_group_size=100)
+
+
+class Answer:
+    """Rows of everything that a user gets from a run, its numbers, and the names of its files."""
+
+    def __init__(self, out):
+        out = Path(out)
+        folders = [name for name in ("duplicates", "kept", "rejected") if (out / name).is_dir()]
+        self.tables = {name: read_folder(out / name) for name in folders}
+        if (out / "groups.parquet").exists():
+            self.tables["groups"] = pq.read_table(out / "groups.parquet")
+        self.tables["pairs"] = read_files(sorted((out / "pairwise").glob("cluster_*.parquet")))
+        self.centroids = (out / "kmeans" / "_centroids.npy").read_bytes()
+        run = json.loads((out / "run.json").read_text())
+        self.numbers = {key: run[key] for key in ("rows", "rejected", "eps_table", "clusters", "borders") if key in run}
+        self.names = {
+            str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and "_plan" not in path.parts
+        }
+
+    def __eq__(self, other):
+        assert self.tables.keys() == other.tables.keys()
+        for name, table in self.tables.items():
+            assert table.num_rows > 10, name
+            assert table.equals(other.tables[name]), name
+        assert self.centroids == other.centroids
+        assert self.numbers == other.numbers
+        assert self.names == other.names  # nothing is left over, and nothing is missing
+        return True
+
+    __hash__ = None
 
 
 def read_files(paths):

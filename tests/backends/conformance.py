@@ -9,11 +9,10 @@ import re
 from typing import ClassVar
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inputs import read_folder, snapshot, table_of, write_split
+from inputs import Answer, awkward_source, read_folder, snapshot, table_of, write_split
 from untwin import apply, audit, deduplicate
 from untwin.backends.base import NoProgress
 from untwin.errors import DamagedFileError, MissingExtraError, RepeatedIdError, ResourceError, UntwinError
@@ -36,56 +35,9 @@ RUNS = {
 REFERENCE = {"workers": 1, "memory": "256MB"}
 
 
-def make_source(folder):
-    """Rows in many files: clusters, near-duplicates, repeated ids, and rows that cannot be judged."""
-    rng = np.random.default_rng(11)
-    centres = rng.standard_normal((30, DIM))
-    vectors = centres[rng.integers(0, 30, N_ROWS)] + 0.25 * rng.standard_normal((N_ROWS, DIM))
-    twins = rng.integers(0, N_ROWS, N_ROWS // 4)
-    vectors[rng.permutation(N_ROWS)[: len(twins)]] = vectors[twins] + 0.001 * rng.standard_normal((len(twins), DIM))
-    rows = list(vectors.astype(np.float32))
-    ids = [f"clip-{number:05}" for number in rng.permutation(N_ROWS)]
-    for row in range(0, N_ROWS, 97):
-        rows[row] = None if row % 2 else np.zeros(DIM, np.float32)
-    for row in range(50, N_ROWS, 120):
-        ids[row], rows[row] = ids[row - 7], rows[row - 7]
-    return write_split(folder, table_of(ids, rows, n=pa.array(range(N_ROWS))), 9, row_group_size=100)
-
-
-class Answer:
-    """Rows of everything that a user gets from a run, and its numbers."""
-
-    def __init__(self, out):
-        self.tables = {
-            name: read_folder(out / name) for name in ("duplicates", "kept", "rejected") if (out / name).is_dir()
-        }
-        self.tables["pairs"] = pa.concat_tables(
-            [pq.read_table(out / "pairwise" / f"cluster_{number}.parquet") for number in range(N_CLUSTERS)]
-        )
-        self.centroids = np.load(out / "kmeans" / "_centroids.npy").tobytes()
-        run = json.loads((out / "run.json").read_text())
-        self.numbers = {key: run[key] for key in ("rows", "rejected", "eps_table", "clusters", "borders") if key in run}
-        self.names = {
-            str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and "_plan" not in path.parts
-        }
-
-    def __eq__(self, other):
-        assert self.tables.keys() == other.tables.keys()
-        for name, table in self.tables.items():
-            assert table.num_rows > 10, name
-            assert table.equals(other.tables[name]), name
-        assert self.centroids == other.centroids
-        assert self.numbers == other.numbers
-        assert self.numbers["rows"]["input"] == N_ROWS
-        assert self.names == other.names  # nothing is left over, and nothing is missing
-        return True
-
-    __hash__ = None
-
-
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
-    return make_source(tmp_path_factory.mktemp("conformance") / "in")
+    return awkward_source(tmp_path_factory.mktemp("conformance") / "in", N_ROWS, 9, DIM)
 
 
 @pytest.fixture(scope="session")

@@ -78,9 +78,9 @@ def with_victims(marks, how, chains=None, operation=3):
         chains: Names; None for all.
         operation: It happens before this file operation of the unit, or at its end if there are fewer.
     """
-    marks, real = str(marks), backend._work
+    marks, real = str(marks), backend.work_on
 
-    def _work(held, unit, n_threads, memory, spread_memory, recorded):
+    def work_on(held, unit, n_threads, memory, spread_memory, recorded):
         name = ray.get_runtime_context().get_task_name().split()[0]
         path = f"{marks}/{name}.json"
 
@@ -103,7 +103,7 @@ def with_victims(marks, how, chains=None, operation=3):
         meet()
         return result
 
-    return _work
+    return work_on
 
 
 def at_operation(number, function):
@@ -157,7 +157,7 @@ def main():
     # a shell that starts its commands in the background has them ignore interrupts, and children inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
     make_units_small()
-    backend._work = with_victims(marks, how, [chain])
+    backend.work_on = with_victims(marks, how, [chain])
     command(arguments)
 
 

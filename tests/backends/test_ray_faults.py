@@ -11,9 +11,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("ray")
@@ -22,7 +19,7 @@ import ray
 import ray_faults
 from ray_faults import NODE, Pieces, add_node, cluster_of, environment, with_victims
 
-from inputs import read_folder, table_of, write_split
+from inputs import Answer, awkward_source
 from untwin import deduplicate
 from untwin.backends import ray as backend
 from untwin.backends.ray import RayExecutor
@@ -51,40 +48,7 @@ def _small_units(monkeypatch):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """2,400 rows in 8 files: clusters, near-duplicates, repeated ids, and rows that cannot be judged."""
-    rng = np.random.default_rng(11)
-    centres = rng.standard_normal((30, 16))
-    array = centres[rng.integers(0, 30, 2400)] + 0.25 * rng.standard_normal((2400, 16))
-    array[rng.permutation(2400)[:600]] = array[rng.integers(0, 2400, 600)] + 0.001 * rng.standard_normal((600, 16))
-    vectors = list(array.astype(np.float32))
-    ids = [f"clip-{number:05}" for number in rng.permutation(2400)]
-    for row in range(0, 2400, 97):
-        vectors[row] = None if row % 2 else np.zeros(16, np.float32)
-    for row in range(50, 2400, 120):
-        ids[row], vectors[row] = ids[row - 7], vectors[row - 7]
-    folder = tmp_path_factory.mktemp("source") / "in"
-    return write_split(folder, table_of(ids, vectors, n=pa.array(range(2400))), 8, row_group_size=100)
-
-
-class Answer:
-    """Rows of everything that a user gets, and the names of all files."""
-
-    def __init__(self, out):
-        self.tables = {name: read_folder(out / name) for name in ("duplicates", "kept", "rejected")}
-        self.tables["groups"] = pq.read_table(out / "groups.parquet")
-        self.tables["pairs"] = pa.concat_tables(
-            [pq.read_table(out / "pairwise" / f"cluster_{k}.parquet") for k in range(12)]
-        )
-        self.files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-
-    def __eq__(self, other):
-        for name, table in self.tables.items():
-            assert table.num_rows > 10, name
-            assert table.equals(other.tables[name]), name
-        assert self.files == other.files  # nothing is left over, and nothing is missing
-        return True
-
-    __hash__ = None
+    return awkward_source(tmp_path_factory.mktemp("source") / "in", 2400, 8)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +123,7 @@ def nodes_removed(cluster, marks):
 
 def check_kills(cluster, source, out, marks, undisturbed, monkeypatch, probes):
     """A worker process is killed in each chain, in the midst of a unit."""
-    monkeypatch.setattr(backend, "_work", with_victims(marks, "kill"))
+    monkeypatch.setattr(backend, "work_on", with_victims(marks, "kill"))
     run_on(cluster, source, out, probes)
     assert {path.name for path in marks.glob("*.met")} == {f"{chain}.json.met" for chain in CHAINS_OF[probes]}
     assert Answer(out) == undisturbed[probes]
@@ -167,7 +131,7 @@ def check_kills(cluster, source, out, marks, undisturbed, monkeypatch, probes):
 
 def check_removals(cluster, source, out, marks, undisturbed, monkeypatch, probes, chains):
     """A node is removed in each of some chains, in the midst of a unit."""
-    monkeypatch.setattr(backend, "_work", with_victims(marks, "stuck", chains))
+    monkeypatch.setattr(backend, "work_on", with_victims(marks, "stuck", chains))
     with nodes_removed(cluster, marks) as removed:
         run_on(cluster, source, out, probes)
     assert len(set(removed)) == len(chains)
@@ -202,8 +166,8 @@ def test_a_node_removed_in_each_stage_does_not_change_the_answer(
 
 
 def test_without_another_try_a_killed_worker_fails_the_run(cluster, source, tmp_path, marks, monkeypatch):
-    monkeypatch.setattr(backend, "_work", with_victims(marks, "kill", ["assign"]))
-    monkeypatch.setattr(backend, "_TRIES", 1)
+    monkeypatch.setattr(backend, "work_on", with_victims(marks, "kill", ["assign"]))
+    monkeypatch.setattr(backend, "TRIES", 1)
     with pytest.raises(ResourceError, match=r"stage assign, unit \d+ \(begun 1 times\)"):
         run_on(cluster, source, tmp_path / "out")
 

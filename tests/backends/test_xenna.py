@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from conformance import OPTIONS, REFERENCE, Answer, Conformance, Counted, expected, source  # noqa: F401 - fixtures
+from conformance import OPTIONS, REFERENCE, Conformance, Counted, expected, source  # noqa: F401 - fixtures
 from test_ray_conformance import ray_of_this_process  # noqa: F401 - fixture
 
-from inputs import table_of, write_split
+from inputs import Answer, table_of, write_split
 from untwin import deduplicate
 from untwin.backends import make_executor
 from untwin.errors import MissingExtraError, ParameterError, ResourceError

@@ -11,11 +11,19 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inputs import ids_of, parquet_files, read_folder, snapshot, table_of, write_parquet, write_split
+from inputs import (
+    Answer,
+    awkward_source,
+    ids_of,
+    parquet_files,
+    read_folder,
+    snapshot,
+    table_of,
+    write_parquet,
+)
 from untwin import apply, deduplicate
 from untwin.errors import OutputExistsError, OutputInUseError
 
@@ -48,26 +56,9 @@ WITH_PROBES = CHAINS_WITH_PROBES[5:10]
 ONE_UNIT = ("fit", "resolve", "merge-duplicates")
 
 
-def _vectors(n_rows, rng):
-    centres = rng.standard_normal((30, 16))
-    vectors = centres[rng.integers(0, 30, n_rows)] + 0.25 * rng.standard_normal((n_rows, 16))
-    twins = rng.integers(0, n_rows, n_rows // 4)
-    vectors[rng.permutation(n_rows)[: len(twins)]] = vectors[twins] + 0.001 * rng.standard_normal((len(twins), 16))
-    return vectors.astype(np.float32)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """2,400 rows in 8 files: clusters, near-duplicates, repeated ids, and rows that cannot be judged."""
-    rng = np.random.default_rng(11)
-    vectors = list(_vectors(2400, rng))
-    ids = [f"clip-{number:05}" for number in rng.permutation(2400)]
-    for row in range(0, 2400, 97):
-        vectors[row] = None if row % 2 else np.zeros(16, np.float32)
-    for row in range(50, 2400, 120):
-        ids[row], vectors[row] = ids[row - 7], vectors[row - 7]
-    folder = tmp_path_factory.mktemp("source") / "in"
-    return write_split(folder, table_of(ids, vectors, n=pa.array(range(2400))), 8, row_group_size=100)
+    return awkward_source(tmp_path_factory.mktemp("source") / "in", 2400, 8)
 
 
 def command(source, out, *options, **wanted):
@@ -86,31 +77,6 @@ def finish(source, out, *options, **wanted):
     done = start(source, out, *options, **wanted)
     assert done.returncode == 0, done.stderr
     return done
-
-
-class Answer:
-    """Rows of everything that a user gets."""
-
-    def __init__(self, out):
-        self.tables = {name: read_folder(out / name) for name in ("duplicates", "kept", "rejected")}
-        self.tables["groups"] = pq.read_table(out / "groups.parquet")
-        self.tables["pairs"] = pa.concat_tables(
-            [pq.read_table(out / "pairwise" / f"cluster_{k}.parquet") for k in range(12)]
-        )
-        self.files = {
-            str(path.relative_to(out))
-            for path in out.rglob("*")
-            if path.is_file() and not str(path.relative_to(out)).startswith("_plan")
-        }
-
-    def __eq__(self, other):
-        for name, table in self.tables.items():
-            assert table.num_rows > 10, name
-            assert table.equals(other.tables[name]), name
-        assert self.files == other.files  # nothing is left over, and nothing is missing
-        return True
-
-    __hash__ = None
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ _OLDEST = (2, 40)
 _REACH_SECONDS = 10.0
 """How long to wait for a cluster to answer."""
 _PROBE_SECONDS = 60.0
-_TRIES = 6
+TRIES = 6
 """How often a unit is begun before it is given up; each lost worker or node costs one."""
 _LOOK_SECONDS = 1.0
 """How often the nodes of the cluster are counted anew."""
@@ -102,7 +102,7 @@ class RayExecutor(Executor):
         budget = None if memory is None else check_memory(memory)
         _connect(address, self._workers)
         _nodes_at.cache_clear()
-        nodes = _nodes()
+        nodes = cluster_nodes()
         self.workers = min(nodes.cpus, self._workers or nodes.cpus)
         self.memory = budget or nodes.node_memory // 2
         if nodes.count and self.memory > nodes.node_memory:
@@ -132,7 +132,7 @@ class RayExecutor(Executor):
         """Call a function on a worker."""
         _connect(self._address, self._workers)
         held = [ray.put((function, args, options))]
-        task = _remote(_call, num_cpus=1, max_retries=_TRIES - 1, name=function.__name__)
+        task = _remote(_call, num_cpus=1, max_retries=TRIES - 1, name=function.__name__)
         reference = task.remote(held, self.memory)
         try:
             outcome = ray.get(reference)
@@ -142,7 +142,7 @@ class RayExecutor(Executor):
         except RayError as error:
             raise _lost(function.__name__, error) from error
         try:
-            result: T = _result(outcome)
+            result: T = result_of(outcome)
         except InputNotFoundError as error:
             raise InputNotFoundError(f"{error} (on a node of the Ray cluster; all of them have to see it)") from None
         return result
@@ -166,7 +166,7 @@ class RayExecutor(Executor):
         try:
             strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in new]
             asked = [
-                _remote(_probe, num_cpus=0, scheduling_strategy=strategy, max_retries=_TRIES - 1).remote(
+                _remote(_probe, num_cpus=0, scheduling_strategy=strategy, max_retries=TRIES - 1).remote(
                     storage, path, token, where, origins
                 )
                 for strategy, where in zip(strategies, map(_where, new), strict=True)
@@ -195,7 +195,7 @@ class _Tasks(Crew):
 
     def run(self, chain: Chain, units: Sequence[Task], progress: Progress) -> None:
         chain.check_memory(units, self._memory)
-        nodes = _nodes()
+        nodes = cluster_nodes()
         share = self._memory // nodes.node_cpus
         alone, together = chain.split(units, share, nodes.cpus)
         total = sum(map(chain.cost, units))
@@ -223,7 +223,7 @@ class _Tasks(Crew):
         unit: Task,
         spread_memory: int = 0,
     ) -> Any:
-        nodes = _nodes()
+        nodes = cluster_nodes()
         n_cpus = min(n_cpus, nodes.node_cpus)
         declared = -(-min(chain.memory(unit), memory) // _MEMORY_STEP) * _MEMORY_STEP + _PROCESS_BYTES
         each = nodes.node_memory // nodes.node_cpus
@@ -231,7 +231,7 @@ class _Tasks(Crew):
         spread_memory = min(spread_memory, each)
         room = each * n_cpus - spread_memory
         task = _remote(
-            _work,
+            work_on,
             num_cpus=n_cpus,
             memory=min(declared, room),
             name=f"{chain.name} {unit.unit}",
@@ -265,7 +265,7 @@ class _Tasks(Crew):
                         self._again(chain, unit, number, outcome)
                         left.appendleft((unit, number + 1))
                         continue
-                    node, result = _result(outcome)
+                    node, result = result_of(outcome)
                     self._units_by_node[node] += 1
                     recording[self._recorders.submit(chain.add, unit, result)] = unit
                 for future in [future for future in recording if future.done() or not pending]:
@@ -277,14 +277,14 @@ class _Tasks(Crew):
 
     def _in_flight(self, n_cpus: int) -> int:
         """Enough that no worker waits for the next unit, and few enough that a node that joins finds some left."""
-        slots = max(1, _nodes().cpus // n_cpus)
+        slots = max(1, cluster_nodes().cpus // n_cpus)
         most = slots + max(1, slots // 2)
         return most if self._workers is None else max(1, min(most, self._workers // n_cpus))
 
     def _again(self, chain: Chain, unit: Task, number: int, error: RayError) -> None:
         self.n_lost += 1
         what = f"stage {' + '.join(stage.name for stage in chain.stages)}, unit {unit.unit}"
-        if number >= _TRIES:
+        if number >= TRIES:
             raise _lost(f"{what} (begun {number} times)", error) from error
         _log.warning("%s: its worker was lost (%s); it is done again", what, type(error).__name__)
 
@@ -298,11 +298,11 @@ class _Spread:
 
     def __call__(self, function: Callable[[Any], Any], items: Iterable[Any], /) -> Iterator[Any]:
         held = [ray.put(function)]
-        task = _remote(_apply, num_cpus=1, memory=self._declared, max_retries=_TRIES - 1, scheduling_strategy="SPREAD")
+        task = _remote(_apply, num_cpus=1, memory=self._declared, max_retries=TRIES - 1, scheduling_strategy="SPREAD")
         left, pending = iter(items), deque[Any]()
         try:
             while True:
-                most = 2 * _nodes().cpus
+                most = 2 * cluster_nodes().cpus
                 for item in left:
                     pending.append(task.remote(held, item, self._memory))
                     if len(pending) >= most:
@@ -312,7 +312,7 @@ class _Spread:
                 outcome = _outcome(pending[0])
                 if isinstance(outcome, RayError):
                     raise _lost("a part of it", outcome) from outcome
-                yield _result(outcome)
+                yield result_of(outcome)
                 pending.popleft()
         finally:
             for reference in pending:
@@ -355,7 +355,7 @@ def _answered(function: Callable[[], Any]) -> _Answer:
     return _Answer(value, failure, tuple(listener.said))
 
 
-def _work(held: list[Any], unit: Task, n_threads: int, memory: int, spread_memory: int, recorded: bool) -> _Answer:
+def work_on(held: list[Any], unit: Task, n_threads: int, memory: int, spread_memory: int, recorded: bool) -> _Answer:
     """Run a chain on a unit; gives the node and what came of the unit."""
     after_unit = _worker(memory)
 
@@ -484,7 +484,7 @@ def _connect(address: str | None, workers: int | None) -> None:
         if isinstance(error, ParameterError):
             raise
         raise ResourceError(
-            f"no Ray cluster at {address} (waited {time.monotonic() - started:.0f} s: {_first_line(error)}); {hint}"
+            f"no Ray cluster at {address} (waited {time.monotonic() - started:.0f} s: {first_line(error)}); {hint}"
         ) from error
 
 
@@ -536,7 +536,7 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _nodes() -> _Nodes:
+def cluster_nodes() -> _Nodes:
     """The nodes that can work now, as of a second ago at most."""
     return _nodes_at(int(time.monotonic() / _LOOK_SECONDS))
 
@@ -585,7 +585,8 @@ def _outcome(reference: Any) -> Any:
         return error
 
 
-def _result(answer: _Answer) -> Any:
+def result_of(answer: _Answer) -> Any:
+    """What came back from a worker, with what it warned of; raises what it raised."""
     for level, text in answer.said:
         _log.log(level, "%s", text)
     if answer.error is not None:
@@ -600,7 +601,7 @@ def _where(node: dict[str, Any]) -> str:
 def _answer_of(reference: Any, node: dict[str, Any], folder: str) -> str | None:
     """What a node's probe says: the version of untwin; None if the node is gone."""
     try:
-        return str(_result(ray.get(reference, timeout=_PROBE_SECONDS)))
+        return str(result_of(ray.get(reference, timeout=_PROBE_SECONDS)))
     except GetTimeoutError:
         raise ResourceError(
             f"{_where(node)} did not answer within {_PROBE_SECONDS:.0f} s whether it sees {redact(folder)}"
@@ -608,7 +609,7 @@ def _answer_of(reference: Any, node: dict[str, Any], folder: str) -> str | None:
     except RayError as error:
         if "No module named" in str(error):
             raise ResourceError(
-                f"{_where(node)} cannot run untwin ({_first_line(error)}); install untwin {_version()} there, with "
+                f"{_where(node)} cannot run untwin ({first_line(error)}); install untwin {_version()} there, with "
                 "the same extras as here"
             ) from error
         if node["NodeID"] not in {other["NodeID"] for other in _working_nodes()}:
@@ -617,10 +618,11 @@ def _answer_of(reference: Any, node: dict[str, Any], folder: str) -> str | None:
 
 
 def _lost(what: str, error: RayError) -> ResourceError:
-    return ResourceError(f"{what}: failed on the Ray cluster ({type(error).__name__}: {_first_line(error)})")
+    return ResourceError(f"{what}: failed on the Ray cluster ({type(error).__name__}: {first_line(error)})")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The line of a long message that says most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "No module named" in line), lines[0] if lines else type(error).__name__)
 

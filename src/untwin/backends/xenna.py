@@ -30,7 +30,7 @@ except ImportError as error:
         "the Xenna backend needs packages that are not installed: pip install 'untwin[xenna]'"
     ) from error
 
-from untwin.backends.ray import _TRIES, RayExecutor, _first_line, _nodes, _result, _work
+from untwin.backends.ray import TRIES, RayExecutor, cluster_nodes, first_line, result_of, work_on
 
 _log = logging.getLogger("untwin")
 _ray_log = logging.getLogger("ray._private")
@@ -91,7 +91,7 @@ class _Pipelines(Crew):
 
     def run(self, chain: Chain, units: Sequence[Task], progress: Progress) -> None:
         chain.check_memory(units, self._memory)
-        nodes = _nodes()
+        nodes = cluster_nodes()
         share = self._memory // nodes.node_cpus
         alone, together = chain.split(units, share, nodes.cpus)
         held = [ray.put(list(chain.stages))]
@@ -101,23 +101,23 @@ class _Pipelines(Crew):
 
     def _run(self, results: _Results, stage: _Units, n_cpus: int) -> None:
         lost: Exception | None = None
-        for number in range(_TRIES):
+        for number in range(TRIES):
             if not results.left:
                 return
             if number:
                 _log.warning("%s: workers were lost (%s); what they were at is done again", results.name, _told(lost))
-            nodes = _nodes()
+            nodes = cluster_nodes()
             slots = nodes.cpus if n_cpus == 1 else nodes.count
             if self._workers is not None:
                 slots = max(1, min(slots, self._workers // n_cpus))
             lost = _run_pipeline(stage, results, min(slots, len(results.left)))
         if results.left:
-            what = f"{results.name}: the last of {_TRIES} pipelines of Xenna failed with units left"
+            what = f"{results.name}: the last of {TRIES} pipelines of Xenna failed with units left"
             raise ResourceError(f"{what} ({len(results.left)}; {_told(lost)})") from lost
 
 
 def _told(lost: Exception | None) -> str:
-    return f"{type(lost).__name__}: {_first_line(lost)}" if lost else "it has given them up"
+    return f"{type(lost).__name__}: {first_line(lost)}" if lost else "it has given them up"
 
 
 class _Results:
@@ -133,7 +133,7 @@ class _Results:
         """Take what came of a unit."""
         number, outcome = result
         try:
-            node, done = _result(outcome)
+            node, done = result_of(outcome)
             unit = self.left.pop(number)
             self._chain.add(unit, done)
             self._progress.advance(unit.n_rows)
@@ -241,4 +241,6 @@ class _Units(v1.Stage):  # type: ignore[misc]
 
     def process_data(self, in_data: list[Task]) -> list[tuple[int, Any]]:
         """Do units. Failures are values: Xenna would end the pipeline with an error of its own."""
-        return [(unit.unit, _work(self._held, unit, self._n_cpus, self._memory, 0, self._recorded)) for unit in in_data]
+        return [
+            (unit.unit, work_on(self._held, unit, self._n_cpus, self._memory, 0, self._recorded)) for unit in in_data
+        ]

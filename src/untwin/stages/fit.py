@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,10 @@ from untwin.plan import split_evenly
 from untwin.stages.base import Context, ParallelMap, Stage, Task, Upstream
 from untwin.stages.clustering import Clustering
 from untwin.stages.tasks import CentroidsTask, SampleTask
-from untwin.storage.files import is_remote, join
+from untwin.storage.files import is_remote, join, map_ahead
 from untwin.storage.partitions import CENTROIDS, write_array
 from untwin.storage.rows import batch_rows
 from untwin.storage.sample import SampleBlocks, read_hashes
-
-_READERS = 16
 
 
 class FitStage(Stage):
@@ -66,7 +63,7 @@ class FitStage(Stage):
         spread = None if in_memory else context.spread
         paths = [part.path for part in self._parts if part.n_sampled]
         # so many wait for a remote storage; for a disk each would only hold one more batch in memory
-        read_map = _with_many_threads if is_remote(job.output_path) else context.map
+        read_map = map_ahead if is_remote(job.output_path) else context.map
         batches = list((spread or read_map)(partial(read_hashes, job.target), paths))
         distinct = np.unique(
             np.concatenate([np.empty(0, np.uint64), *(hashes for part in batches for _, hashes in part)])
@@ -117,11 +114,6 @@ class FitStage(Stage):
             inertia=result.inertia,
             mean_cosine=result.mean_cosine,
         )
-
-
-def _with_many_threads(function: Callable[[Any], Any], items: Iterable[Any], /) -> Iterator[Any]:
-    with ThreadPoolExecutor(_READERS) as readers:
-        yield from readers.map(function, items)
 
 
 def _loaded(blocks: SampleBlocks, read_map: ParallelMap) -> ArrayBlocks:

@@ -21,7 +21,7 @@ import threading
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ from untwin.errors import (
 from untwin.storage.memory import space
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 _WHOLE_READ_BYTES = 8 << 20
 _SMALL_FILE_BYTES = 1 << 20
@@ -431,20 +432,7 @@ class Storage:
         if not ranges or not is_remote(ranges[0][0]):
             yield from (self._read_local(*wanted) for wanted in ranges)
             return
-        ahead: deque[Future[pa.Buffer]] = deque()
-        sizes: deque[int] = deque()
-        pool = ThreadPoolExecutor(_AT_A_TIME, "untwin-ranges")
-        try:
-            for wanted in ranges:
-                while ahead and (len(ahead) == _AT_A_TIME or sum(sizes) + wanted[2] > _BYTES_AHEAD):
-                    sizes.popleft()
-                    yield ahead.popleft().result()
-                ahead.append(pool.submit(self._read_remote, *wanted))
-                sizes.append(wanted[2])
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from map_ahead(lambda wanted: self._read_remote(*wanted), ranges, size=lambda wanted: wanted[2])
 
     def _read_local(self, path: str, start: int, length: int) -> pa.Buffer:
         with self._explained(path), pa.OSFile(path, "rb") as source:
@@ -720,16 +708,24 @@ def read_many(read: Callable[[str], T], paths: Sequence[str]) -> Iterator[T]:
     if not paths or not is_remote(paths[0]):
         yield from map(read, paths)
         return
-    pending: deque[Future[T]] = deque()
+    yield from map_ahead(read, paths)
+
+
+def map_ahead(
+    function: Callable[[U], T], items: Iterable[U], /, *, size: Callable[[U], int] = lambda _: 0
+) -> Iterator[T]:
+    """`map` by threads that mostly wait for a remote storage: some items ahead, of a bounded size in all."""
+    ahead: deque[tuple[Future[T], int]] = deque()
     pool = ThreadPoolExecutor(_AT_A_TIME, "untwin-read")
     try:
-        for path in paths:
+        for item in items:
+            n_bytes = size(item)
+            while ahead and (len(ahead) == _AT_A_TIME or sum(held for _, held in ahead) + n_bytes > _BYTES_AHEAD):
+                yield ahead.popleft()[0].result()
             # a copy each: a context cannot be entered twice
-            pending.append(pool.submit(contextvars.copy_context().run, read, path))
-            if len(pending) >= _AT_A_TIME:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            ahead.append((pool.submit(contextvars.copy_context().run, function, item), n_bytes))
+        while ahead:
+            yield ahead.popleft()[0].result()
     finally:
         pool.shutdown(cancel_futures=True)
 
