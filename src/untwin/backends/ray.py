@@ -631,13 +631,12 @@ def _cancel(references: Sequence[Any], *, interrupted: bool) -> None:
     """Interrupt tasks, so that they leave no half-written file; those that do not stop are killed.
 
     A Ray that was started here is ended on an interrupt: a terminal sends that to its workers, too, and where a task is
-    cancelled that just goes to a worker, Ray 2.60 ends this process with a failed check of its own. For the same
-    reason tasks that wait are cancelled before those that run.
+    cancelled that just goes to a worker, Ray 2.60 ends this process with a failed check of its own.
     """
     if interrupted and _is_own():
         ray.shutdown()
         return
-    for reference in reversed(references):
+    for reference in references:
         with contextlib.suppress(Exception):
             ray.cancel(reference, recursive=True)
     with contextlib.suppress(Exception):
