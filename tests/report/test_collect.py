@@ -69,7 +69,7 @@ def test_pairs_at_least_as_similar_are_counted_up_to_a_65536th():
     nearly = np.array([(score >= float(one) - 1 / 65536).sum() for one in score.astype(float)])
     assert (exact <= found).all()
     assert (found <= nearly).all()
-    assert found.max() == len(score) == counts.n_pairs
+    assert found.max() == len(score)
 
 
 @pytest.mark.parametrize("batch", [1, 10, 1000])

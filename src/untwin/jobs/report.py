@@ -288,12 +288,10 @@ def _count(
         found = scores.add(score, removed)
         if with_codes:
             codes[part.rows] = found
-        is_pair = np.ones(len(score), np.bool_)
-        # the first row of a cluster has no row before it, unless one of another cluster was found
-        is_pair[0] = not (part.first and results["id"][0] == results["max_id"][0])
-        scores.add_pairs(pair_score[is_pair])
+        scores.add_pairs(pair_score)
         interval = scores.steps_of(pair_score)
-        at = np.flatnonzero(is_pair & (interval < len(steps)))
+        # the first row of a cluster, which is no pair, has the score 0, and that is within no eps
+        at = np.flatnonzero(interval < len(steps))
         if len(at):
             hashes = hash_ids(results["id"].take(pa.array(at)), REPORT_SEED)
             some = sample.candidates(interval[at], hashes)
