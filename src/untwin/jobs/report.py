@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import importlib
 import importlib.util
 import math
@@ -432,7 +433,7 @@ def rank_reason(
     centre = "its cluster's centre" if same_cluster else "its own cluster's centre"
     for name, ascending in zip(ranking.metadata_cols, ranking.ascending, strict=True):
         if name not in better or name not in worse:
-            return f"ranked by {name}, which is not there any more"
+            return f"ranked by {name}"
         one, other = better[name], worse[name]
         if one == other or (_is_nan(one) and _is_nan(other)):
             continue
@@ -479,8 +480,9 @@ def _sources(sums: RowSums, codes: NDArray[np.uint16], scores: ScoreCounts, forc
         part = slice(low, low + _BLOCK)
         n_rows += np.bincount(sums.value_of[part][compared[part]], minlength=len(n_rows))
     values = sums.values
-    order = sorted(np.flatnonzero(n_rows).tolist(), key=lambda place: (-n_rows[place], values[place]))
-    shown = order[:_SOURCES]
+    least = np.sort(n_rows)[-_SOURCES:][0]
+    candidates = np.flatnonzero(n_rows >= max(1, least)).tolist()
+    shown = heapq.nsmallest(_SOURCES, candidates, key=lambda place: (-n_rows[place], values[place]))
     slot = np.full(len(values), len(shown), np.int64)
     slot[shown] = np.arange(len(shown))
     tables = np.zeros((len(shown) + 1) * n_codes, np.int64)

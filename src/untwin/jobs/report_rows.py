@@ -283,6 +283,13 @@ def _value(scalar: pa.Scalar) -> Any:
         return str(scalar)
 
 
+def _values(column: pa.Array) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except ValueError:
+        return [_value(scalar) for scalar in column]
+
+
 def text_of(value: Any) -> str:
     """A value to look at."""
     if value is None:
@@ -464,8 +471,7 @@ class RowSums:
             column = batch[name].dictionary_encode()
         except pa.ArrowException as error:
             raise ParameterError(f"group_by is {name!r}, a column of type {batch[name].type}: {error}") from error
-        found = [_value(value) for value in column.dictionary]
-        texts = [None if value is None else text_of(value) for value in found]
+        texts = [None if value is None else text_of(value) for value in _values(column.dictionary)]
         places = np.array([self._places.setdefault(text, len(self._places)) for text in texts] + [0], np.int32)
         if len(self._places) > _MOST_VALUES:
             raise ParameterError(
