@@ -173,9 +173,12 @@ def share_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, 
     the case of the binomial", Biometrika 26(4), 1934.
     """
     tail = (1 - confidence) / 2
-    low = 0.0 if hits == 0 else _beta_quantile(tail, hits, n - hits + 1)
-    high = 1.0 if hits == n else _beta_quantile(1 - tail, hits + 1, n - hits)
-    return low, high
+    return share_bound(hits, n, tail), 1 - share_bound(n - hits, n, tail)
+
+
+def share_bound(hits: float, n: float, tail: float) -> float:
+    """The lower end of `share_interval`, with a probability of `tail` below it; numbers need not be whole."""
+    return 0.0 if hits <= 0 else _beta_quantile(tail, hits, n - hits + 1)
 
 
 def _beta_quantile(probability: float, a: float, b: float) -> float:
