@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from untwin.backends.local import LocalExecutor
     from untwin.jobs.apply import apply
     from untwin.jobs.audit import audit
+    from untwin.jobs.report import write_report
     from untwin.jobs.result import RunResult
     from untwin.jobs.run import deduplicate
     from untwin.pipeline import Pipeline
@@ -32,6 +33,7 @@ _HOMES = {
     "apply": "untwin.jobs.apply",
     "audit": "untwin.jobs.audit",
     "deduplicate": "untwin.jobs.run",
+    "write_report": "untwin.jobs.report",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "apply",
     "audit",
     "deduplicate",
+    "write_report",
 ]
 
 

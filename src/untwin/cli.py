@@ -99,7 +99,7 @@ def _what_is_left(kwargs: dict[str, Any]) -> str:
     """What there is after a failure, and what to do; never advises to delete what is finished."""
     from untwin.storage.files import redact
 
-    if click.get_current_context().info_name == "audit":
+    if click.get_current_context().info_name in ("audit", "report"):
         return f"nothing in {redact(kwargs['output'])} has changed"
     paths = kwargs.get("paths")
     answer = kwargs.get("to") or f"{kwargs.get('output', '').rstrip('/')}/eps={kwargs['eps']!r}"
@@ -115,6 +115,12 @@ def _what_is_left(kwargs: dict[str, Any]) -> str:
     )
 
 
+_storage_option = click.option(
+    "--storage-options",
+    metavar="JSON|@FILE",
+    help="fsspec options, as JSON or in a file. [default: environment]",
+)
+_verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say more, on stderr.")
 _shared = [
     click.option(
         "--memory",
@@ -134,13 +140,9 @@ _shared = [
         metavar="ADDRESS",
         help="auto, HOST:PORT or ray://HOST:PORT of a cluster, or local to start one. [default: RAY_ADDRESS, or local]",
     ),
-    click.option(
-        "--storage-options",
-        metavar="JSON|@FILE",
-        help="fsspec options, as JSON or in a file. [default: environment]",
-    ),
+    _storage_option,
     click.option("--json", "as_json", is_flag=True, help="Print run.json to stdout, and nothing else there."),
-    click.option("-v", "--verbose", is_flag=True, help="Say more, on stderr."),
+    _verbose_option,
 ]
 
 
@@ -226,6 +228,7 @@ def _shared_options(command: F) -> F:
 )
 @click.option("--drop-intermediate", is_flag=True, help="Remove kmeans/ and pairwise/ at the end.")
 @click.option("--audit", is_flag=True, help="Measure at the end what was missed at the borders of clusters.")
+@click.option("--report", is_flag=True, help="Write report.html at the end.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run in OUTPUT first.")
 @_shared_options
@@ -271,11 +274,13 @@ def run(
     click.echo(prepared.summary, err=as_json)
     if dry_run:
         return
-    if prepared.done is not None and not prepared.to_audit:
+    if prepared.done is not None and not prepared.to_audit and not prepared.to_report:
         click.echo(f"{prepared.folder.path}: finished already, with the same parameters and input", err=True)
     with _progress() as progress:
         result = prepared.execute(progress)
     _show(result, as_json, verbose)
+    if parameters.report:
+        click.echo(f"The report: {prepared.folder.page_path}", err=as_json)
 
 
 @main.command()
@@ -360,6 +365,59 @@ def audit(
         click.echo(json.dumps(dict(result.run), indent=2, ensure_ascii=False))
         return
     click.echo("\n".join(_audit_lines(result)))
+
+
+@main.command()
+@click.argument("output")
+@click.option("--group-by", metavar="COLUMN", help="Count duplicates for each value of this column.")
+@click.option("--media", metavar="FOLDER", help="Folder of the clips, for pictures of them.")
+@click.option("--open", "open_page", is_flag=True, help="Show the page in the browser.")
+@_storage_option
+@_verbose_option
+@_reports_errors
+def report(
+    output: str,
+    group_by: str | None,
+    media: str | None,
+    open_page: bool,
+    storage_options: str | None,
+    verbose: bool,
+) -> None:
+    """Write report.html, a page that shows what the finished run in OUTPUT did, and what other thresholds would do.
+
+    OUTPUT is the folder of a run, or an answer of `untwin apply`.
+    """
+    from untwin.jobs.report import make_report
+    from untwin.storage.files import is_remote
+
+    if open_page and is_remote(output):
+        raise ParameterError(f"--open shows pages on the local disk only; {output} is not")
+    with _progress() as progress:
+        page, found = make_report(
+            output,
+            group_by=group_by,
+            media=media,
+            storage_options=_storage_options(storage_options),
+            progress=progress,
+        )
+    groups = f", {len(found.groups):,} of {found.n_groups:,} groups" if found.n_groups else ""
+    if found.eps is None:
+        outcome = (
+            f"no threshold is in force; up to {found.steps[-1].duplicates:,} duplicates at eps {found.steps[-1].eps:g}"
+        )
+    else:
+        outcome = f"{found.n_duplicates:,} duplicates at eps {found.eps:g}, {found.n_kept:,} rows stay"
+    lines = [
+        f"The report: {page}",
+        f"rows    {found.n_compared:,} compared; {outcome}",
+        f"shown   {len(found.pairs):,} of the pairs{groups}",
+        f"slider  eps {found.steps[0].eps:g} to {found.steps[-1].eps:g}, {len(found.steps):,} steps",
+    ]
+    click.echo("\n".join(lines))
+    if open_page:
+        import webbrowser
+
+        webbrowser.open(Path(page).as_uri())
 
 
 def _number_or_auto(name: str, text: str) -> int | None:

@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 _TEMPORARY = r"_tmp-[0-9a-f]{32}"
 _OURS = re.compile(
     r"(?:eps=[^/]+/)?(?:"
-    r"run\.json|_lock\.json|_done/(?:.*/)?[^/]+\.json|groups\.parquet|_plan/(?:plan\.json|listing\.parquet)|(?:_work|_audit)/.*|"
+    r"run\.json|report\.html|_lock\.json|_done/(?:.*/)?[^/]+\.json|groups\.parquet|_plan/(?:plan\.json|listing\.parquet)|(?:_work|_audit)/.*|"
     r"kmeans/(?:_centroids\.npy|_work/.*|centroid=\d+/part-\d+\.parquet)|"
     r"pairwise/(?:cluster_\d+\.parquet|_rows/unit-\d+\.npy|_work/.*)|"
     r"duplicates/(?:part-\d+\.parquet|_kept\.bits|_work/.*)|"
@@ -54,6 +54,11 @@ class OutputFolder:
     def run_path(self) -> str:
         """`run.json`: written last."""
         return self.file("run.json")
+
+    @property
+    def page_path(self) -> str:
+        """The report."""
+        return self.file("report.html")
 
     def check_is_folder(self) -> None:
         """Raise OutputExistsError if the path is that of a file, or lies below one."""

@@ -54,6 +54,7 @@ class RunParameters:
         kept: `compact`, `mirror` or `none`.
         drop_intermediate: Remove `kmeans/` and `pairwise/` at the end.
         audit: Measure what was missed at the end; never changes the answer.
+        report: Write the report at the end; never changes the answer.
         storage_options: For fsspec; never shown or written.
     """
 
@@ -78,6 +79,7 @@ class RunParameters:
     kept: str = "compact"
     drop_intermediate: bool = False
     audit: bool = False
+    report: bool = False
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -159,7 +159,7 @@ class PreparedRun:
             UntwinError: See `untwin.errors`.
         """
         folder = self.folder
-        if self.done is not None and not self.to_audit:
+        if self.done is not None and not self.to_audit and not self.to_report:
             remove_dead_lock(folder.storage, folder.path)
             return self.done
         with locked(folder.storage, folder.path):
@@ -188,7 +188,8 @@ class PreparedRun:
         if first is not None:
             reports = (*first.reports, *outcome.reports[len(first.reports) :])
             outcome = dataclasses.replace(outcome, reports=reports)
-        intermediate = [] if parameters.audit else self._intermediate
+        # an audit and a report read them after the run
+        intermediate = [] if parameters.audit or parameters.report else self._intermediate
         if ledger.finished(CHECKED) is None:
             self.executor.call(check_every_row, outcome, self.listing, folder)
             ledger.finish(CHECKED, (), self.listing.n_rows, intermediate)
@@ -243,19 +244,32 @@ class PreparedRun:
         return self.parameters.audit and (self.done is None or self.done.audit is None)
 
     @property
+    def to_report(self) -> bool:
+        """Whether a report is asked for and not there yet."""
+        there = self.done is not None and self.folder.storage.exists(self.folder.page_path)
+        return self.parameters.report and not there
+
+    @property
     def _intermediate(self) -> list[str]:
         """Folders to remove at the end."""
         return [self.folder.file(name) for name in ("kmeans", "pairwise")] if self.parameters.drop_intermediate else []
 
     def _finished(self, record: dict[str, Any], progress: Progress | None) -> RunResult:
-        """The result of a run that is written; an audit is added if it is asked for and not there yet.
+        """The result of a run that is written; audit and report are added if they are asked for and not there yet.
 
-        The run is written before its audit, so that an audit that fails costs no more than itself.
+        The run is written before, so that what fails here costs no more than itself.
         """
         folder = self.folder
-        if self.parameters.audit and record.get("audit") is None:
+        to_audit = self.parameters.audit and record.get("audit") is None
+        to_report = self.to_report
+        if to_audit:
             record["audit"] = measure_recall(folder, record, self.executor, progress=progress)
             folder.storage.write_json(folder.run_path, record)
+        if to_report:
+            from untwin.jobs.report import write_page
+
+            self.executor.call(write_page, folder)
+        if to_audit or to_report:
             for path in self._intermediate:
                 folder.storage.remove(path)
         return RunResult.from_run(folder, record)
@@ -381,6 +395,10 @@ def prepare(parameters: RunParameters, executor: Executor, *, overwrite: bool = 
     Raises:
         UntwinError: A user's mistake; see `untwin.errors`.
     """
+    if parameters.report:
+        from untwin.jobs.report import renderer
+
+        renderer()
     storage = Storage(parameters.storage_options)
     folder = OutputFolder(storage, normalize_path(parameters.output))
     folder.check_is_folder()
@@ -449,6 +467,7 @@ def deduplicate(
     kept: str = "compact",
     drop_intermediate: bool = False,
     audit: bool = False,
+    report: bool = False,
     memory: int | str | None = None,
     workers: int | None = None,
     backend: str = "local",
@@ -485,6 +504,7 @@ def deduplicate(
         kept: `compact` files of about 256 MB, `mirror` the input's files, or `none`.
         drop_intermediate: Remove `kmeans/` and `pairwise/` at the end.
         audit: Measure at the end what was missed at the borders of clusters, as `untwin.audit` does.
+        report: Write `report.html` at the end, as `untwin.write_report` does.
         memory: Budget, as bytes or as in "4GB"; default half of the memory of the machine or container; on a cluster
             of each machine.
         workers: Most units of work at a time; default: the cores this process may use, or those of the cluster.
@@ -529,6 +549,7 @@ def deduplicate(
         kept=kept,
         drop_intermediate=drop_intermediate,
         audit=audit,
+        report=report,
         storage_options=dict(storage_options or {}),
     )
     executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address)

@@ -19,7 +19,7 @@ from untwin.storage.listing import Fields, Groups, Listing
 from untwin.storage.partitions import ROW
 from untwin.storage.rows import RowBatch, batch_rows
 
-SAMPLE_SEED, IDS_SEED_1, IDS_SEED_2, VECTORS_SEED, EXAMPLES_SEED, AUDIT_SEED, PROBES_SEED = 1, 2, 3, 4, 5, 6, 7
+SAMPLE_SEED, IDS_SEED_1, IDS_SEED_2, VECTORS_SEED, EXAMPLES_SEED, AUDIT_SEED, PROBES_SEED, REPORT_SEED = range(1, 9)
 """Added to the user's seed, or used as they are, so that no two purposes share a hash."""
 
 

@@ -486,7 +486,7 @@ class Examples:
         place = np.arange(len(order)) - np.searchsorted(steps, steps, side="left")
         for index in order[place < _EXAMPLES].tolist():
             row = int(inside[index])
-            pair = ExamplePair(_as_text(ids[row]), _as_text(max_ids[row]), float(score[row]))
+            pair = ExamplePair(as_text(ids[row]), as_text(max_ids[row]), float(score[row]))
             self._pairs[int(step[row])].append((int(hashes[index]), pair))
         for number in np.unique(steps).tolist():
             pairs = self._pairs[number] = sorted(self._pairs[number], key=lambda item: item[0])[:_EXAMPLES]
@@ -498,7 +498,7 @@ class Examples:
         return tuple(tuple(pairs) for pairs in self._pairs)
 
 
-def _as_text(value: pa.Scalar) -> str:
+def as_text(value: pa.Scalar) -> str:
     """An id to look at; some writers put bytes into text columns that are not UTF-8."""
     try:
         return str(value.as_py())

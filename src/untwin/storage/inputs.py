@@ -115,6 +115,10 @@ class InputFormat(Protocol):
         """Read a file's facts without its rows."""
         ...
 
+    def schema(self, storage: Storage, span: Span) -> pa.Schema:
+        """The columns that a span has, without reading all of it."""
+        ...
+
     def read(
         self, storage: Storage, span: Span, columns: Sequence[str] | None, batch_rows: int
     ) -> Iterator[pa.RecordBatch]:
@@ -169,6 +173,11 @@ class ParquetFormat:
             if len(groups) > 1 and sum(sizes):
                 sizes = tuple(size * file.size // sum(sizes) for size in sizes)
             return FileFacts(_named(parquet.schema_arrow), rows, tuple(starts), sizes)
+
+    def schema(self, storage: Storage, span: Span) -> pa.Schema:
+        """Read the footer."""
+        with naming_file(span.path), storage.open(span.path, span.size) as source:
+            return _named(pq.read_schema(source))
 
     def read(
         self, storage: Storage, span: Span, columns: Sequence[str] | None, batch_rows: int
@@ -244,6 +253,13 @@ class JsonLinesFormat:
                 rows.append(len(lines))
         sizes = tuple(np.diff([*starts, file.size]).tolist())
         return FileFacts(schema, tuple(rows), tuple(starts), sizes)
+
+    def schema(self, storage: Storage, span: Span) -> pa.Schema:
+        """Parse the first lines."""
+        with naming_file(span.path):
+            for _, lines in self._chunks(storage, span.path, span.size, span.group_starts[0], span.end):
+                return _named(_schema_of(lines[:_INFERRED_LINES]))
+        return pa.schema([])
 
     def read(
         self, storage: Storage, span: Span, columns: Sequence[str] | None, batch_rows: int
@@ -464,6 +480,12 @@ class NpyFormat:
         starts = tuple(range(0, n_rows, size))
         rows = tuple(min(size, n_rows - start) for start in starts)
         return FileFacts(schema, rows, starts, tuple(count * dim * dtype.itemsize for count in rows))
+
+    def schema(self, storage: Storage, span: Span) -> pa.Schema:
+        """Read the metadata's footer; the vectors are not among these columns."""
+        path = self.metadata_path(storage, span.path)
+        with naming_file(path), storage.open(path) as source:
+            return _named(pq.read_schema(source))
 
     def read(
         self, storage: Storage, span: Span, columns: Sequence[str] | None, batch_rows: int
