@@ -66,7 +66,8 @@ def isotonic(sums: Float64, weights: Float64) -> Float64:
             block = last[rows]
             before = block - 1
             falls = (before > 0) & (
-                block_sum[before, rows] * block_weight[block, rows] > block_sum[block, rows] * block_weight[before, rows]
+                block_sum[before, rows] * block_weight[block, rows]
+                > block_sum[block, rows] * block_weight[before, rows]
             )
             rows, block, before = rows[falls], block[falls], before[falls]
             block_sum[before, rows] += block_sum[block, rows]
@@ -139,7 +140,8 @@ def _bounds(parts: Float64, labels: Float64, share: Float64, confidence: float) 
 
 
 def _share(hits: Float64, n: Float64) -> Float64:
-    return np.divide(hits, n, out=np.full(np.broadcast_shapes(hits.shape, n.shape), np.nan), where=n > 0)
+    shares: Float64 = np.divide(hits, n, out=np.full(np.broadcast_shapes(hits.shape, n.shape), np.nan), where=n > 0)
+    return shares
 
 
 def estimate(
@@ -170,7 +172,7 @@ def estimate(
     pairs_at = np.zeros(len(places))
     np.maximum.at(pairs_at, place_of, at_least)
     labels = counts.astype(np.float64)
-    hits = np.bincount(place_of, same, len(places))
+    hits: Float64 = np.bincount(place_of, same, len(places)).astype(np.float64)
     above = _parts(places, pairs_at, thresholds)
     (everything,) = _parts(places, pairs_at, places[:1])
     below = everything - above

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from untwin.core import EPS_GRID, threshold
 from untwin.core.tuning import Estimates, estimate
@@ -122,7 +123,9 @@ def tune(
         finer = np.linspace(1 - scores.max(), 1 - scores.min(), _STEPS + 2)[1:-1].round(9)
         inside = _within(np.concatenate((inside, finer)), scores)
     if not len(inside):
-        raise ParameterError(f"{redact(file)}: all labelled pairs are equally similar; label pairs of other scores, too")
+        raise ParameterError(
+            f"{redact(file)}: all labelled pairs are equally similar; label pairs of other scores, too"
+        )
     found = estimate(scores, same, at_least, _limits(inside), seed=_SEED, confidence=_CONFIDENCE)
     likely, shown = (
         max(np.flatnonzero(values >= precision).tolist(), default=None)
@@ -150,27 +153,24 @@ def tune(
     )
 
 
-def _thresholds() -> np.ndarray[Any, np.dtype[np.float64]]:
+def _thresholds() -> NDArray[np.float64]:
     """Values that can be suggested."""
     return np.unique(np.concatenate((np.arange(1, 100) / 1000, np.arange(20, 200) / 200, EPS_GRID)))
 
 
-def _limits(eps: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _limits(eps: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([float(threshold(value)) for value in eps.tolist()])
 
 
-def _within(
-    eps: np.ndarray[Any, np.dtype[np.float64]], scores: np.ndarray[Any, np.dtype[np.float64]]
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _within(eps: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Those values of eps whose scores lie in the labelled range, distinct and ascending."""
     eps = np.unique(eps[(eps > 0) & (eps < 1)])
     limits = _limits(eps)
-    return eps[(limits >= scores.min()) & (limits <= scores.max())]
+    inside: NDArray[np.float64] = eps[(limits >= scores.min()) & (limits <= scores.max())]
+    return inside
 
 
-def _label_next(
-    rows: tuple[TunedRow, ...], likely: int | None, eps: np.ndarray[Any, np.dtype[np.float64]]
-) -> tuple[float, float]:
+def _label_next(rows: tuple[TunedRow, ...], likely: int | None, eps: NDArray[np.float64]) -> tuple[float, float]:
     """The scores above what looks right; else those of the widest interval."""
     if likely is not None:
         return 0.0, float(eps[likely])
@@ -179,8 +179,8 @@ def _label_next(
     return (rows[widest - 1].eps if widest else 0.0), rows[widest].eps
 
 
-def _row(eps: np.ndarray[Any, np.dtype[np.float64]], found: Estimates, number: int, weighted: bool) -> TunedRow:
-    def value(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+def _row(eps: NDArray[np.float64], found: Estimates, number: int, weighted: bool) -> TunedRow:
+    def value(values: NDArray[np.float64]) -> float:
         return float(np.clip(values[number], 0, 1))
 
     known = not math.isnan(found.recall[number])
@@ -227,7 +227,9 @@ def _read(content: bytes, path: str) -> _Labels:
                 ignored += 1
                 continue
             if label not in ("same", "different"):
-                raise ParameterError(f"{place}: the label is {label[:40]!r}; it must be same, different, unsure or empty")
+                raise ParameterError(
+                    f"{place}: the label is {label[:40]!r}; it must be same, different, unsure or empty"
+                )
             score = _number(line["cosine_sim_score"], place, "cosine_sim_score", -1, 1)
             at_least = _number(line[_WEIGHTS], place, _WEIGHTS, 1, math.inf) if weighted else 0.0
             pair = frozenset((line["id"] or "", line["other_id"] or ""))
@@ -271,6 +273,6 @@ def _check(labels: _Labels, path: str) -> None:
         if len(wrong):
             i = int(wrong[0])
             raise ParameterError(
-                f"{path}: {_WEIGHTS} says {at_least[i]:.0f} pairs at the score {scores[i]:.6g}, but {at_least[i + 1]:.0f} "
-                f"at {scores[i + 1]:.6g}, which is more similar; label the pairs of one run at a time"
+                f"{path}: {_WEIGHTS} says {at_least[i]:.0f} pairs at the score {scores[i]:.6g}, but "
+                f"{at_least[i + 1]:.0f} at {scores[i + 1]:.6g}, which is more similar; label the pairs of one run at a time"
             )
