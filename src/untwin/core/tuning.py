@@ -15,6 +15,7 @@ import numpy.typing as npt
 from untwin.core.recall import share_bound
 
 Float64 = npt.NDArray[np.float64]
+_STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ def _bounds(parts: Float64, labels: Float64, share: Float64, confidence: float) 
     # sums that are 0 or 1 but for rounding
     shares = np.clip(share, 0, 1).round(12).tolist()
     tail = (1 - confidence) / 2
-    low = [share_bound(p * n, n, tail) for p, n in zip(shares, below.tolist(), strict=True)]
-    high = [1 - share_bound((1 - p) * n, n, tail) for p, n in zip(shares, above.tolist(), strict=True)]
+    low = [share_bound(p * n, n, tail, _STEPS) for p, n in zip(shares, below.tolist(), strict=True)]
+    high = [1 - share_bound((1 - p) * n, n, tail, _STEPS) for p, n in zip(shares, above.tolist(), strict=True)]
     return np.array(low), np.array(high)
 
 

@@ -190,8 +190,8 @@ def _id_of(given: object, kind: pa.DataType) -> pa.Array:
                 value = ast.literal_eval(given)
             else:
                 value = bytes.fromhex(given[2:]) if given.startswith("0x") else given.encode()
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if isinstance(value, bool) or isinstance(value, str) != text or isinstance(value, bytes) != binary:
+        wanted = bytes if binary else int if pa.types.is_integer(kind) else str
+        if isinstance(value, bool) or not isinstance(value, wanted):
             raise TypeError
         return pa.array([value], kind)
     except (pa.ArrowException, TypeError, ValueError, SyntaxError, OverflowError) as error:

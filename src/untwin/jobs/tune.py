@@ -267,12 +267,14 @@ def _check(labels: _Labels, path: str) -> None:
             f"{path}: {counts}; label some that are {other}, too: look at {where} similar pairs, until both occur"
         )
     if labels.at_least:
-        order = np.argsort(labels.scores)
-        scores, at_least = np.array(labels.scores)[order], np.array(labels.at_least)[order]
-        wrong = np.flatnonzero((np.diff(scores) > 0) & (np.diff(at_least) > 0))
+        scores, place = np.unique(labels.scores, return_inverse=True)
+        fewest, most = np.full(len(scores), np.inf), np.zeros(len(scores))
+        np.minimum.at(fewest, place, labels.at_least)
+        np.maximum.at(most, place, labels.at_least)
+        wrong = np.flatnonzero(fewest[:-1] < most[1:])
         if len(wrong):
             i = int(wrong[0])
             raise ParameterError(
-                f"{path}: {_WEIGHTS} says {at_least[i]:.0f} pairs at the score {scores[i]:.6g}, but "
-                f"{at_least[i + 1]:.0f} at {scores[i + 1]:.6g}, which is more similar; label the pairs of one run at a time"
+                f"{path}: {_WEIGHTS} says {fewest[i]:.0f} pairs at the score {scores[i]:.6g}, but "
+                f"{most[i + 1]:.0f} at {scores[i + 1]:.6g}, which is more similar; label pairs of one run"
             )
