@@ -197,17 +197,13 @@ def test_a_likely_eps_comes_near_what_was_wanted_in_most_simulations(tmp_path):
 
 
 @pytest.mark.slow
-def test_suggestions_hold_what_they_say_in_200_simulations(tmp_path):
+def test_suggestions_hold_what_they_say(tmp_path):
     likely, shown = suggested(tmp_path, 200, 50, 0.8)
     # it is the largest whose estimate is good enough, which it owes to luck, too
     assert len(likely) == 200
     assert np.mean(likely >= 0.7) > 0.7
     assert np.mean(likely) > 0.75
-    print(
-        "50 labels:", np.mean(likely), np.mean(likely >= 0.8), len(shown), np.mean(shown >= 0.8) if len(shown) else ""
-    )
-    likely, shown = suggested(tmp_path, 200, 400, 0.8)
-    assert len(shown) > 190
+    likely, shown = suggested(tmp_path, 60, 400, 0.8)
+    assert len(shown) > 50
     assert np.mean(shown >= 0.8) > 0.9
     assert np.mean(likely >= 0.75) > 0.7
-    print("400 labels:", np.mean(likely), np.mean(likely >= 0.8), len(shown), np.mean(shown >= 0.8), np.mean(shown))

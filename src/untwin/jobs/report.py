@@ -26,7 +26,6 @@ from untwin.jobs.report_rows import (
     RowSums,
     Values,
     carried_values,
-    decides,
     find_columns,
     iterate_results,
     largest_groups,
@@ -288,12 +287,10 @@ def _count(
         found = scores.add(score, removed)
         if with_codes:
             codes[part.rows] = found
-        is_pair = np.ones(len(score), np.bool_)
-        # the first row of a cluster has no row before it, unless one of another cluster was found
-        is_pair[0] = not (part.first and results["id"][0] == results["max_id"][0])
-        scores.add_pairs(pair_score[is_pair])
+        scores.add_pairs(pair_score)
         interval = scores.steps_of(pair_score)
-        at = np.flatnonzero(is_pair & (interval < len(steps)))
+        # the first row of a cluster, which is no pair, has the score 0, and that is within no eps
+        at = np.flatnonzero(interval < len(steps))
         if len(at):
             hashes = hash_ids(results["id"].take(pa.array(at)), REPORT_SEED)
             some = sample.candidates(interval[at], hashes)
@@ -399,21 +396,23 @@ def _pairs(
 ) -> tuple[Pair, ...]:
     parameters = source.run["parameters"]
     ranking = parameters_of(source.run, {}).ranking()
-    at_least = scores.pairs_at_least(chosen["score"].to_numpy()).tolist()
-    places = zip(clip_of(chosen["id"]), clip_of(chosen["other"]), strict=True)
+    shown = zip(
+        clip_of(chosen["id"]),
+        clip_of(chosen["other"]),
+        chosen["score"].to_pylist(),
+        chosen["removed"].to_pylist(),
+        scores.pairs_at_least(chosen["score"].to_numpy()).tolist(),
+        strict=True,
+    )
     pairs = []
-    for (row, other), pair, number in zip(places, _rows(chosen), at_least, strict=True):
-        one, better = (
+    for row, other, score, removed, at_least in shown:
+        worse, better = (
             {**carried.get(int(rows[place]), {}), parameters["id_field"]: clips[place].id} for place in (row, other)
         )
         same_cluster = clips[row].centroid == clips[other].centroid
-        reason = rank_reason(ranking, better, one, parameters["which_to_keep"], same_cluster=same_cluster)
-        pairs.append(Pair(row, other, pair[0], pair[1], reason, number))
+        reason = rank_reason(ranking, better, worse, parameters["which_to_keep"], same_cluster=same_cluster)
+        pairs.append(Pair(row, other, score, removed, reason, at_least))
     return tuple(pairs)
-
-
-def _rows(chosen: pa.Table) -> list[tuple[float, bool]]:
-    return list(zip(chosen["score"].to_pylist(), chosen["removed"].to_pylist(), strict=True))
 
 
 def rank_reason(
@@ -435,19 +434,22 @@ def rank_reason(
         if name not in better or name not in worse:
             return f"ranked by {name}, which is not there any more"
         one, other = better[name], worse[name]
-        if not decides(one, other):
+        if one == other or (_is_nan(one) and _is_nan(other)):
             continue
         what = name if which_to_keep is None else f"{'nearer to' if ascending else 'farther from'} {centre}:"
         if other is None:
             return f"has {name}, the other has none"
-        if isinstance(other, float) and math.isnan(other):
+        if _is_nan(other):
             return f"{name} is a number, that of the other is not"
-        shown = [f"{_shortened(value)}" for value in (one, other)]
-        if isinstance(one, float) and isinstance(other, float):
-            shown = _different(one, other)
+        both_floats = isinstance(one, float) and isinstance(other, float)
+        shown = _different(one, other) if both_floats else [_shortened(one), _shortened(other)]
         return f"{what} {shown[0]} {'<' if ascending else '>'} {shown[1]}"
     named = "distance to the centre" if which_to_keep is not None else ", ".join(ranking.metadata_cols)
     return f"same {named}; by id"
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _shortened(value: Any) -> str:

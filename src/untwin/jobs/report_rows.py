@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -288,7 +287,8 @@ def text_of(value: Any) -> str:
     """A value to look at."""
     if value is None:
         return NONE
-    text = f"{value:.9g}" if isinstance(value, float) else str(value)
+    # float32 has no more digits than that
+    text = f"{value:.{9 if abs(value) < 10**9 else 17}g}" if isinstance(value, float) else str(value)
     return text if len(text) <= _MOST_TEXT else text[: _MOST_TEXT - 1] + "…"
 
 
@@ -515,9 +515,3 @@ def _input_batches(source: Finished, names: Sequence[str]) -> Iterator[tuple[sli
     columns = list(dict.fromkeys((source.run["parameters"]["id_field"], *names)))
     for part in read_rows(storage, listing.format, spans, columns, _INPUT_BATCH):
         yield slice(part.first_row, part.first_row + part.columns.num_rows), part.columns
-
-
-def decides(one: Any, other: Any) -> bool:
-    """Whether two values of a ranking column differ; two that are not numbers do not."""
-    both_nan = isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other)
-    return not both_nan and bool(one != other)

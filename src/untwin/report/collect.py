@@ -46,7 +46,6 @@ class ScoreCounts:
         edges: Edges of the histogram, ascending; (bins + 1,) float64.
         bins: Rows in each bin, whose lower edge belongs to it; compared as float32, like a threshold.
         n_below: Rows below the first edge.
-        n_pairs: Pairs so far.
     """
 
     def __init__(self, steps: Sequence[float]) -> None:
@@ -57,7 +56,6 @@ class ScoreCounts:
         self._float_edges = self.edges.astype(np.float32)
         self.bins = np.zeros(_BINS, np.int64)
         self.n_below = 0
-        self.n_pairs = 0
         self._fine = np.zeros(_FINE_BINS + 1, np.int64)
 
     def steps_of(self, score: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -82,7 +80,6 @@ class ScoreCounts:
     def add_pairs(self, score: NDArray[np.float32]) -> None:
         """Count pairs by their score, (n,)."""
         self._fine += np.bincount(self._fine_bin(score), minlength=_FINE_BINS + 1)
-        self.n_pairs += len(score)
 
     def pairs_at_least(self, score: NDArray[np.float32]) -> NDArray[np.int64]:
         """Pairs with at least these scores, (n,); all pairs count that are in a score's bin, a 65,536th wide."""
