@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from untwin.jobs.report import write_report
     from untwin.jobs.result import RunResult
     from untwin.jobs.run import deduplicate
+    from untwin.jobs.show import show
+    from untwin.jobs.tune import tune
     from untwin.pipeline import Pipeline
     from untwin.stages.duplicates import IdentifyDuplicatesStage
     from untwin.stages.kmeans import KMeansStage
@@ -33,6 +35,8 @@ _HOMES = {
     "apply": "untwin.jobs.apply",
     "audit": "untwin.jobs.audit",
     "deduplicate": "untwin.jobs.run",
+    "show": "untwin.jobs.show",
+    "tune": "untwin.jobs.tune",
     "write_report": "untwin.jobs.report",
 }
 
@@ -49,6 +53,8 @@ __all__ = [
     "apply",
     "audit",
     "deduplicate",
+    "show",
+    "tune",
     "write_report",
 ]
 

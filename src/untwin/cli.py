@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 an unexpected failure; 2 a user's mistake or damaged input
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -25,6 +26,8 @@ from untwin.errors import ParameterError, UntwinError
 if TYPE_CHECKING:
     from untwin.backends.base import Progress
     from untwin.jobs.result import RunResult
+    from untwin.jobs.show import Beside, Shown
+    from untwin.jobs.tune import Tuned
 
 # Of the rows' memory most is written once and read a few times: finding huge pages for it can take longer than to fill
 # it, where memory is in pieces. NumPy looks at this when it is first imported, which no command has done yet.
@@ -99,6 +102,8 @@ def _what_is_left(kwargs: dict[str, Any]) -> str:
     """What there is after a failure, and what to do; never advises to delete what is finished."""
     from untwin.storage.files import redact
 
+    if click.get_current_context().info_name in ("show", "tune"):
+        return "nothing was changed"
     if click.get_current_context().info_name in ("audit", "report"):
         return f"nothing in {redact(kwargs['output'])} has changed"
     paths = kwargs.get("paths")
@@ -420,6 +425,50 @@ def report(
         webbrowser.open(Path(page).as_uri())
 
 
+@main.command()
+@click.argument("output")
+@click.argument("row_id", metavar="ID")
+@click.option("--limit", type=int, default=20, show_default=True, metavar="N", help="List N duplicates of its group.")
+@_storage_option
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@_verbose_option
+@_reports_errors
+def show(output: str, row_id: str, limit: int, storage_options: str | None, as_json: bool, verbose: bool) -> None:
+    """Say why the row ID of the finished run in OUTPUT was removed, or why it stays.
+
+    OUTPUT is the folder of a run, or an answer of `untwin apply`.
+    """
+    from untwin.jobs.show import show as show_job
+
+    found = show_job(output, row_id, limit=limit, storage_options=_storage_options(storage_options))
+    click.echo(_as_json(found) if as_json else "\n".join(_row_lines(found)))
+
+
+@main.command()
+@click.argument("labels", metavar="LABELS.csv")
+@click.option(
+    "--precision",
+    type=float,
+    default=0.95,
+    show_default=True,
+    metavar="P",
+    help="Wanted share of same pairs among those that the threshold takes.",
+)
+@_storage_option
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@_verbose_option
+@_reports_errors
+def tune(labels: str, precision: float, storage_options: str | None, as_json: bool, verbose: bool) -> None:
+    """Suggest an eps from labelled pairs, with precision and recall at each value.
+
+    LABELS.csv is what the report page gives to download: pairs marked as same or different.
+    """
+    from untwin.jobs.tune import tune as tune_job
+
+    tuned = tune_job(labels, precision=precision, storage_options=_storage_options(storage_options))
+    click.echo(_as_json(tuned) if as_json else "\n".join(_tuned_lines(tuned)))
+
+
 def _number_or_auto(name: str, text: str) -> int | None:
     if text == "auto":
         return None
@@ -504,10 +553,126 @@ class _Bars:
         self._bars.stop_task(self._task)
 
 
-def _shown(text: str) -> str:
+def _shown(text: str, most: int = 60) -> str:
     """An id on one line of a terminal: no control characters, not endless."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:61])
-    return line if len(text) <= 60 else line[:60] + "…"
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    return line if len(text) <= most else line[:most] + "…"
+
+
+def _as_json(result: Any) -> str:
+    return json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False)
+
+
+def _row_lines(found: Shown) -> list[str]:
+    """What is known of a row."""
+    row = _shown(found.id)
+    outcomes = {
+        "duplicate": f"{row} is removed: a row that ranks before it is within eps {found.eps}",
+        "kept": f"{row} stays at eps {found.eps}",
+        "compared": f"{row} was compared; the run had no eps, so nothing is decided",
+        "rejected": f"{row} was rejected",
+    }
+    facts: list[tuple[str, str]] = []
+    if found.witness is not None:
+        facts.append(("because of", _beside(found.witness)))
+    elif found.outcome == "duplicate":
+        facts.append(("because of", "rows that are removed themselves (compare_to ranked); none within eps stays"))
+    if found.nearest is not None:
+        same = found.witness is not None and found.witness.id == found.nearest.id
+        facts.append(("most similar", "the same row" if same else _beside(found.nearest)))
+    elif found.rank is not None:
+        facts.append(("most similar", "no row ranks before it"))
+    if found.rank is not None:
+        facts.append(("cluster", f"{found.centroid}, rank {found.rank:,} of {found.cluster_rows:,}: {found.order}"))
+        facts.append(("other eps", _other_eps(found)))
+    elif found.centroid is not None:
+        facts.append(("cluster", str(found.centroid)))
+    facts += [("ranked by", f"{_shown(name)}  {_shown(value)}") for name, value in found.ranked_by]
+    facts += [("rejected", f"row {row.row:,} of {_shown(row.file, 200)}: {row.reason}") for row in found.rejected]
+    facts += [("not known", text) for text in found.gone]
+    lines = [outcomes[found.outcome], *(f"  {name:<12}  {text}" for name, text in facts)]
+    if found.group:
+        head, *members = found.group
+        lines.append(f"group of {_shown(head[0])}, which stays; duplicates: {found.n_group:,}")
+        lines += [
+            f"  {score:.4f}  {_shown(member)}{'  <- this row' if member == found.id else ''}"
+            for member, score in members
+        ]
+        left = found.n_group - len(members)
+        lines += [f"  and {left:,} more, less similar; --limit lists more"] if left else []
+    elif found.outcome == "kept":
+        lines.append("no row was removed because of it")
+    if found.columns:
+        width = max(len(_shown(name)) for name, _ in found.columns)
+        lines += ["columns", *(f"  {_shown(name):<{width}}  {_shown(value, 90)}" for name, value in found.columns)]
+    return lines
+
+
+def _beside(other: Beside) -> str:
+    reason = f"  ranks before it: {_shown(other.reason, 200)}" if other.reason else ""
+    return f"{_shown(other.id)}  {other.score:.4f}{reason}"
+
+
+def _other_eps(found: Shown) -> str:
+    """What other thresholds would do, as far as the score of a row says it."""
+    limit = found.removed_from
+    if limit is None:
+        return "it stays at every eps"
+    if found.probes > 1 and found.eps is not None and limit > found.eps:
+        return f"not known beyond {found.eps:g}: rows of other clusters were compared up to there only (probes)"
+    if found.compare_to == "ranked":
+        return f"removed from eps {limit:g} on"
+    return f"it stays below eps {limit:g} for sure; from there on it is removed if a row within eps before it stays"
+
+
+def _tuned_lines(tuned: Tuned) -> list[str]:
+    """Thresholds and what they are worth."""
+    counts = (
+        f"{tuned.n_same + tuned.n_different:,} labelled pairs: {tuned.n_same:,} same, {tuned.n_different:,} different"
+    )
+    left_out = (
+        (tuned.n_ignored, "without a label, or unsure"),
+        (tuned.n_repeated, "labelled again, the same"),
+        (tuned.n_changed, "labelled again otherwise: the later label counts"),
+    )
+    lines = ["; ".join([counts, *(f"{n:,} {what}" for n, what in left_out if n)])]
+    if not tuned.weighted:
+        lines.append("There is no column pairs_at_least, so each labelled pair counts the same; that is right only if")
+        lines.append("they were drawn evenly from all pairs.")
+    pairs = "pairs" if tuned.weighted else ""
+    lines += ["", f"   eps {pairs:>12}  labelled  precision   95 % interval         recall   95 % interval"]
+    for row in tuned.rows:
+        marks = [
+            text
+            for text, chosen in (("likely", tuned.likely), ("shown", tuned.shown))
+            if chosen is not None and chosen.eps == row.eps
+        ]
+        ends = [_percent(end) for end in (row.precision_low, row.precision_high, row.recall_low, row.recall_high)]
+        n_pairs = "" if row.pairs is None else f"{row.pairs:,}"
+        lines.append(
+            f"{row.eps:>6g} {n_pairs:>12} {row.labelled:>9,}    {_percent(row.precision)}   {ends[0]} to {ends[1]}   "
+            f"{_percent(row.recall)}   {ends[2]} to {ends[3]}{'  <- ' + ', '.join(marks) if marks else ''}"
+        )
+    return [*lines, "", *_suggestion_lines(tuned)]
+
+
+def _suggestion_lines(tuned: Tuned) -> list[str]:
+    wanted = f"a precision of {tuned.precision:g}"
+    low, high = tuned.label_next
+    more = f"Label more pairs with scores from {1 - high:.4g} to {1 - low:.4g}."
+    if tuned.likely is None:
+        return [f"No eps in the labelled range reaches {wanted}. {more}"]
+    lines = [
+        f"likely  eps {tuned.likely.eps:g}, the largest whose estimate reaches {wanted}; the truth can well be less"
+    ]
+    if tuned.shown is not None:
+        return [*lines, f"shown   eps {tuned.shown.eps:g}, the largest whose whole interval does"]
+    return [
+        *lines,
+        f"shown   none: no interval lies above {tuned.precision:g}. That takes at least {tuned.fewest_labels:,} labels "
+        "above a threshold,",
+        f"        if all of them are same; {tuned.likely.labelled:,} are above the likely one. {more}",
+    ]
 
 
 def _show(result: RunResult, as_json: bool, verbose: bool) -> None:

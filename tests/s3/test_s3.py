@@ -1,5 +1,6 @@
 """Everything works with input and output on S3-compatible storage, and gives what local folders give."""
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -483,3 +484,23 @@ def test_a_fit_spread_over_processes_reads_the_sample_from_s3(bucket, tmp_path):
             results.append(fit(blocks, 5, init="random", max_iter=2, spread=pool.map))
     assert results[0].centroids.tobytes() == results[1].centroids.tobytes()
     assert results[0].counts.sum() == 900
+
+
+def test_a_row_is_shown_and_labels_are_read_as_on_the_local_disk(bucket, source, tmp_path):
+    bucket.upload(source, "in")
+    untwin.deduplicate(bucket.url("in"), bucket.url("out"), storage_options=bucket.options, **OPTIONS)
+    result = untwin.deduplicate(str(source), str(tmp_path / "local"), **OPTIONS)
+    first = result.duplicates().slice(0, 1).to_pylist()[0]
+    for id_ in (first["id"], first["kept_id"]):
+        there = untwin.show(bucket.url("out"), id_, storage_options=bucket.options)
+        here = untwin.show(str(tmp_path / "local"), id_)
+        assert there == dataclasses.replace(here, output=bucket.url("out"))
+        assert here.group
+    lines = ["id,other_id,cosine_sim_score,label"]
+    lines += [f"a{i},b{i},{0.8 + i / 100},{'same' if i > 9 else 'different'}" for i in range(20)]
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "labels.csv").write_text("\n".join(lines))
+    bucket.upload(tmp_path / "labels", "labels")
+    tuned = untwin.tune(bucket.url("labels/labels.csv"), storage_options=bucket.options)
+    assert tuned.rows == untwin.tune(tmp_path / "labels" / "labels.csv").rows
+    assert_no_canary(repr(there), repr(tuned))

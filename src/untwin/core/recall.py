@@ -173,15 +173,21 @@ def share_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, 
     the case of the binomial", Biometrika 26(4), 1934.
     """
     tail = (1 - confidence) / 2
-    low = 0.0 if hits == 0 else _beta_quantile(tail, hits, n - hits + 1)
-    high = 1.0 if hits == n else _beta_quantile(1 - tail, hits + 1, n - hits)
-    return low, high
+    return share_bound(hits, n, tail), 1 - share_bound(n - hits, n, tail)
 
 
-def _beta_quantile(probability: float, a: float, b: float) -> float:
+def share_bound(hits: float, n: float, tail: float, steps: int = 60) -> float:
+    """The lower end of `share_interval`, with a probability of `tail` below it; numbers need not be whole.
+
+    It is right to 2 ** -steps.
+    """
+    return 0.0 if hits <= 0 else _beta_quantile(tail, hits, n - hits + 1, steps)
+
+
+def _beta_quantile(probability: float, a: float, b: float, steps: int) -> float:
     """Where the distribution function of the beta distribution reaches a probability, by bisection."""
     low, high = 0.0, 1.0
-    for _ in range(60):
+    for _ in range(steps):
         middle = (low + high) / 2
         if _beta_cdf(middle, a, b) < probability:
             low = middle
@@ -195,7 +201,12 @@ def _beta_cdf(x: float, a: float, b: float) -> float:
     if not 0 < x < 1:
         return 0.0 if x <= 0 else 1.0
     if x > (a + 1) / (a + b + 2):
-        return 1 - _beta_cdf(1 - x, b, a)
+        return 1 - _beta_fraction(1 - x, b, a)
+    return _beta_fraction(x, a, b)
+
+
+def _beta_fraction(x: float, a: float, b: float) -> float:
+    """What converges fast for 0 < x <= (a + 1) / (a + b + 2)."""
     log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
     c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
     fraction = d

@@ -307,7 +307,7 @@ def other_columns(
     try:
         known = _input_values(source, rows[rows >= 0])
     except (UntwinError, OSError) as error:
-        _log.warning("%s; the report shows only what kmeans/ has of the input's columns", error)
+        _log.warning("%s; of its columns only those that kmeans/ has are shown", error)
         known = {row: {name: value for name, value in values.items() if name != ROW} for row, values in carried.items()}
     return [
         tuple((name, text_of(value)) for name, value in list(known.get(row, {}).items())[:_MOST_COLUMNS])
