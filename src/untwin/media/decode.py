@@ -286,18 +286,21 @@ class _Reader:
     def _measure(self) -> None:
         """Set the duration and the number of frames by reading all packets."""
         times: list[int] = []
+        length = self._step
         self.n_frames = 0
         with contextlib.suppress(_damage()):
             for packet in self.container.demux(self.stream):
                 if packet.size:
                     self.n_frames += 1
+                    length = packet.duration or length
                     if packet.pts is not None:
-                        times += packet.pts, packet.pts + (packet.duration or self._step)
+                        times += packet.pts, packet.pts + length
                         times = [min(times), max(times)]
         if times:
             self._start, self.duration = times[0], times[1] - times[0]
         else:
-            self.duration = self.n_frames * self._step
+            self._step, self.fps = length, float(1 / (length * self.base))
+            self.duration = self.n_frames * length
             self._seeks = self._timed = False
         self.is_still = self.is_still or (self.container.format.name in _NO_SEEKING and self.n_frames == 1)
         self.close()
@@ -388,7 +391,8 @@ class _Reader:
                 continue
             frame = self._decoded.popleft()
             time = frame.pts if self._timed and frame.pts is not None else self._clock
-            self._clock = max(self._clock, time + (getattr(frame, "duration", 0) or self._step))
+            length = getattr(frame, "duration", 0) if self._timed else 0
+            self._clock = max(self._clock, time + (length or self._step))
             if not frame.is_corrupt:
                 return _Timed(time, frame)
             self._damage = self._damage or "damaged pictures"

@@ -20,8 +20,6 @@ _SCALING = 0x20 | 0x40000 | 0x80000
 """SWS_AREA, SWS_ACCURATE_RND and SWS_BITEXACT."""
 _QUALITIES = (4, 6, 9, 13, 18)
 """Quantisers of MJPEG, best first."""
-_LAMBDA = 118
-"""FF_QP2LAMBDA."""
 _PIXELS_A_BYTE = 4.8
 """At least: a strip of four frames of 160 x 90 has up to 12 KB, where the lowest quality can do it."""
 
@@ -108,5 +106,6 @@ def _jpeg(picture: NDArray[np.uint8], quality: int) -> bytes:
     encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, "yuvj420p"
     encoder.time_base = Fraction(1, 25)
     encoder.thread_count = 1
-    encoder.options = {"flags": "+bitexact+qscale", "global_quality": str(quality * _LAMBDA), "huffman": "optimal"}
+    encoder.qmin = encoder.qmax = quality
+    encoder.options = {"flags": "+bitexact", "huffman": "optimal"}
     return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
