@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import re
 import struct
 from collections import deque
 from collections.abc import Iterator
@@ -53,7 +54,9 @@ _NO_SEEKING = ("gif", "apng")
 _REORDERED = ("h264", "hevc")
 """Codecs of which AVI, which knows only the order of decoding, does not tell when a frame is shown."""
 _ATTACHED_PICTURE = 0x400
-_ENCRYPTED = ("encv", "drmi")
+_ENCRYPTED = re.compile(rb"stsd.{12}(encv|drmi)", re.DOTALL)
+"""Sample descriptions of encrypted pictures in MP4."""
+_MOST_DESCRIBED_BYTES = 4 << 20
 _HIGH_DEFINITION = 720
 """Rows from which on video that does not name its colours has those of BT.709, as players have it."""
 _BT709, _BT601, _UNSPECIFIED, _FULL_RANGE = 1, 5, 2, 2
@@ -154,6 +157,8 @@ def _explained(name: str, file: BinaryIO, count: int, box: tuple[int, int], crop
         head = _head(file)
         if webp.is_animated(head):
             return _animated_webp(file, count, box, crop)
+        if head[4:8] == b"ftyp" and _is_encrypted(file):
+            raise _UnusableError("is encrypted")
         with contextlib.closing(_Reader(file)) as reader:
             return _decoded(reader, head, count, box, crop)
     except _UnusableError as error:
@@ -174,6 +179,21 @@ def _head(file: BinaryIO) -> bytes:
     if not any(head):
         raise _UnusableError("begins with zeros only")
     return head
+
+
+def _is_encrypted(file: BinaryIO) -> bool:
+    """Whether the beginning of an MP4 file's index says so; FFmpeg decodes what is encrypted to noise."""
+    at, end = 0, file.seek(0, io.SEEK_END)
+    while at + 8 <= end:
+        file.seek(at)
+        size, kind, long = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+        if kind == b"moov":
+            return _ENCRYPTED.search(file.read(_MOST_DESCRIBED_BYTES)) is not None
+        size = long if size == 1 else size
+        if size < 8:
+            return False
+        at += size
+    return False
 
 
 def _decoded(reader: _Reader, head: bytes, count: int, box: tuple[int, int], crop: bool) -> Decoded:
@@ -452,8 +472,6 @@ def _stream(container: InputContainer) -> VideoStream:
     context: Any = stream.codec_context
     if context is None:
         raise _UnusableError("uses a codec that cannot be decoded")
-    if context.codec_tag in _ENCRYPTED:
-        raise _UnusableError("is encrypted")
     return stream
 
 
@@ -570,8 +588,9 @@ def _animated_webp(file: BinaryIO, count: int, box: tuple[int, int], crop: bool)
     width, height, parts = webp.parts(data)
     if not parts:
         raise _UnusableError("is cut off before the end of its first picture")
-    starts = np.cumsum([0.0] + [part.seconds for part in parts])
-    middles = (np.arange(count) + 0.5) * starts[-1] / count
+    starts = np.cumsum([0, *(part.milliseconds for part in parts)])
+    duration = float(starts[-1]) / 1000
+    middles = (2 * np.arange(count) + 1) * starts[-1] // (2 * count)
     wanted = set(np.searchsorted(starts, middles, side="right") - 1)
     import av
 
@@ -584,11 +603,11 @@ def _animated_webp(file: BinaryIO, count: int, box: tuple[int, int], crop: bool)
         frames=_pictures(shown, _ORIENTATIONS[0], Fraction(1), box, crop),
         width=width,
         height=height,
-        fps=len(parts) / float(starts[-1]) if len(parts) > 1 else None,
-        duration_s=float(starts[-1]) if len(parts) > 1 else None,
+        fps=len(parts) / duration if len(parts) > 1 else None,
+        duration_s=duration if len(parts) > 1 else None,
         codec="webp",
         n_frames=len(parts),
-        bitrate=int(8 * len(data) / starts[-1]) if len(parts) > 1 else None,
+        bitrate=int(8 * len(data) / duration) if len(parts) > 1 else None,
     )
 
 

@@ -29,7 +29,7 @@ class Part:
         y: Of its upper edge.
         width: In pixels.
         height: In pixels.
-        seconds: How long it is shown.
+        milliseconds: How long it is shown.
         blended: Whether its alpha lets through what was there; else it replaces that.
         cleared: Whether its rectangle is transparent when it has been shown.
         still: It as a WebP file of its own.
@@ -39,7 +39,7 @@ class Part:
     y: int
     width: int
     height: int
-    seconds: float
+    milliseconds: int
     blended: bool
     cleared: bool
     still: bytes
@@ -102,7 +102,7 @@ def _part(body: bytes) -> Part:
         y=2 * _u24(body, 3),
         width=_u24(body, 6) + 1,
         height=_u24(body, 9) + 1,
-        seconds=(milliseconds if milliseconds > _LEAST_MS else _SHOWN_MS) / 1000,
+        milliseconds=milliseconds if milliseconds > _LEAST_MS else _SHOWN_MS,
         blended=not flags & 2,
         cleared=bool(flags & 1),
         still=b"RIFF" + struct.pack("<I", len(still)) + still,

@@ -26,7 +26,7 @@ T = TypeVar("T")
 DEFAULT_MEMORY = 1 << 30
 _STARTED_S = 120.0
 """In which a process has to be ready; the imports take a fraction of a second."""
-_GRACE_S = 5
+_GRACE_S = 2
 """After the time for a file, before a process whose caller is gone ends itself."""
 _AHEAD = 4
 """Items in flight for each process: results wait for the slowest one before them."""
