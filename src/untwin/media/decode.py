@@ -214,10 +214,20 @@ def _decoded(reader: _Reader, head: bytes, count: int, box: tuple[int, int], cro
 
 
 class _Source:
-    """A file as PyAV takes it; without a name, in which FFmpeg could see a pattern."""
+    """A file as PyAV takes it.
+
+    It has no name, in which FFmpeg could see a pattern, and damaged files may seek behind its end.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+        self._seek, self.read, self.tell = file.seek, file.read, file.tell
+        self._end = file.seek(0, io.SEEK_END)
+        file.seek(0)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_SET:
+            offset = min(offset, self._end)
+        return self._seek(offset, whence)
 
 
 class _Timed(NamedTuple):
