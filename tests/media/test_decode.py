@@ -238,8 +238,9 @@ def test_colours_are_those_that_the_film_means(folder, height, colorspace, color
     cb, cr = (color[2] - y) / (2 - 2 * blue), (color[0] - y) / (2 - 2 * red)
     full = color_range == 2
     planes = (y, 128 + cb, 128 + cr) if full else (16 + y * 219 / 255, 128 + cb * 224 / 255, 128 + cr * 224 / 255)
-    yuv = np.stack([np.full((height, 64), round(plane), np.uint8) for plane in planes])
-    frame = av.VideoFrame.from_ndarray(yuv, "yuv444p", channel_last=False)
+    frame = av.VideoFrame(64, height, "yuv444p")
+    for plane, value in zip(frame.planes, planes, strict=True):
+        plane.update(bytes([round(value)]) * plane.buffer_size)
     frame.colorspace, frame.color_range = colorspace, color_range
     path = folder / "colour.mp4"
     with av.open(str(path), "w") as file:

@@ -61,7 +61,10 @@ _HIGH_DEFINITION = 720
 """Rows from which on video that does not name its colours has those of BT.709, as players have it."""
 _BT709, _BT601, _UNSPECIFIED, _FULL_RANGE = 1, 5, 2, 2
 _SCALING = 0x20 | 0x2000 | 0x40000 | 0x80000
-"""SWS_AREA, SWS_FULL_CHR_H_INT, SWS_ACCURATE_RND and SWS_BITEXACT: the same pixels on every machine."""
+"""SWS_AREA, SWS_FULL_CHR_H_INT, SWS_ACCURATE_RND and SWS_BITEXACT: the same pixels on every machine.
+
+Without them FFmpeg 7 writes behind the end of rows of some widths.
+"""
 _MOST_ASPECT = Fraction(16)
 Matrix = tuple[int, int, int, int]
 """a, b, c, d of x' = a x + c y and y' = b x + d y, with y downwards; each is -1, 0 or 1."""
@@ -625,4 +628,4 @@ def _still(data: bytes) -> NDArray[np.uint8]:
     """All pixels of a WebP file without animation, (height, width, 4)."""
     with contextlib.closing(_Reader(io.BytesIO(data))) as reader:
         (frame,) = reader.evenly(1)
-        return np.asarray(frame.reformat(format="rgba", **_one_thread()).to_ndarray(), np.uint8)
+        return np.asarray(frame.reformat(format="rgba", interpolation=_SCALING, **_one_thread()).to_ndarray(), np.uint8)
