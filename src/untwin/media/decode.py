@@ -223,14 +223,24 @@ class _Source:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._seek, self.read, self.tell = file.seek, file.read, file.tell
+        self._file = file
         self._end = file.seek(0, io.SEEK_END)
-        file.seek(0)
+        self._at = 0
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_SET:
-            offset = min(offset, self._end)
-        return self._seek(offset, whence)
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._end}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= self._at < self._end:
+            return b""
+        self._file.seek(self._at)
+        data = self._file.read(size)
+        self._at += len(data)
+        return data
 
 
 class _Timed(NamedTuple):
@@ -271,7 +281,6 @@ class _Reader:
     def _open(self) -> None:
         import av
 
-        self._file.seek(0)
         try:
             self.container = av.open(_Source(self._file), "r", options=dict(_OPEN), metadata_errors="replace")
         except av.error.EOFError as error:
@@ -567,7 +576,9 @@ def _rgb(frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
     """Scale a frame and convert it to RGB, (height, width, 3); what is transparent becomes white."""
     parts = frame.format.components
     seen_through = frame.format.name.startswith("pal") or any(part.is_alpha for part in parts)
-    options: dict[str, Any] = {"interpolation": _SCALING, "dst_color_range": _FULL_RANGE}
+    options: dict[str, Any] = {"interpolation": _SCALING}
+    if frame.color_range != _FULL_RANGE:  # else PyAV 14 would take it for limited
+        options["dst_color_range"] = _FULL_RANGE
     if not frame.format.is_rgb:
         if frame.colorspace == _UNSPECIFIED:
             options["src_colorspace"] = _BT709 if frame.height >= _HIGH_DEFINITION else _BT601
