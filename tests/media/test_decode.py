@@ -291,16 +291,13 @@ def test_a_film_of_which_little_is_left_is_refused_with_how_much(made):
         frames(io.BytesIO(data[: int(len(data) * 0.3)]), 4, size=96)
 
 
-def test_damage_in_the_middle_costs_no_other_frame(made):
+def test_damage_in_the_middle_costs_no_frame_before_it(made):
     data = bytearray(Path(made("one key frame")).read_bytes())
-    middle = data.index(b"mdat") + (len(data) - 6000) // 2
-    data[middle : middle + 300] = bytes(300)
-    try:
-        shown = films.numbers(frames(io.BytesIO(bytes(data)), 4, size=96))
-    except MediaError as error:
-        assert "can be decoded" in error.reason
-    else:
-        assert shown[0] == 12
+    middle = (data.index(b"mdat") + data.index(b"moov")) // 2
+    data[middle : middle + 150] = bytes(150)
+    decoded = frames(io.BytesIO(bytes(data)), 4, size=96)
+    assert films.number(decoded.frames[0]) == 12
+    assert len(decoded.frames) >= 2
 
 
 @pytest.fixture(scope="module")
