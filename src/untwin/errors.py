@@ -60,3 +60,19 @@ class ResultMismatchError(UntwinError):
 
 class MissingExtraError(UntwinError, ImportError):
     """A package of an optional extra is not installed; names the extra."""
+
+
+class MediaError(UntwinError):
+    """A video or image cannot be decoded.
+
+    Args:
+        path: The file.
+        reason: What is wrong with it, in words that fit behind its name.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
