@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from untwin.backends.local import LocalExecutor
+    from untwin.jobs.act import undo
     from untwin.jobs.apply import apply
     from untwin.jobs.audit import audit
     from untwin.jobs.result import RunResult
@@ -32,6 +33,7 @@ _HOMES = {
     "apply": "untwin.jobs.apply",
     "audit": "untwin.jobs.audit",
     "deduplicate": "untwin.jobs.run",
+    "undo": "untwin.jobs.act",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "apply",
     "audit",
     "deduplicate",
+    "undo",
 ]
 
 
