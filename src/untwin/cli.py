@@ -344,7 +344,7 @@ def apply(
     from untwin.jobs.parameters import parse_bytes
     from untwin.storage.files import Storage
 
-    if mode in ON_FILES and not (dry_run or yes or sys.stdin.isatty()):
+    if mode in ON_FILES and not (dry_run or yes or _asks()):
         raise ParameterError(
             f"--mode {mode} asks before it begins, and there is no terminal to ask on; look with --dry-run, then give "
             "--yes; nothing was done"
@@ -429,6 +429,11 @@ def undo(folder: str, verbose: bool) -> None:
     with _progress() as progress:
         count = undo_job(folder, progress=progress)
     click.echo(f"{count:,} files put back")
+
+
+def _asks() -> bool:
+    """Whether there is somebody to ask."""
+    return sys.stdin.isatty()
 
 
 def _number_or_auto(name: str, text: str) -> int | None:

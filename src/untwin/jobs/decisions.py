@@ -138,11 +138,14 @@ class Decisions:
         too_many = [(value, gone, count) for value, (gone, count) in counts.items() if gone > limit * count]
         if too_many:
             too_many.sort(key=lambda group: (-group[1] / group[2], str(group[0])))
-            named = "; ".join(f"{value!r}: {_share(gone, count)}" for value, gone, count in too_many[:_NAMED])
+            named = "; ".join(
+                f"{'null' if value is None else repr(value)}: {_share(gone, count)}"
+                for value, gone, count in too_many[:_NAMED]
+            )
             more = f"; and {len(too_many) - _NAMED:,} more" if len(too_many) > _NAMED else ""
             raise TooManyRemovedError(
-                f"of {len(too_many):,} of {len(counts):,} values of {group_by} more than {limit:.2%} of the rows would "
-                f"be removed ({named}{more}): nothing was done. {look}"
+                f"{group_by}: {len(too_many):,} of {len(counts):,} values would lose more than {limit:.2%} of their "
+                f"rows ({named}{more}): nothing was done. {look}"
             )
 
 

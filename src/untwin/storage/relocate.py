@@ -140,14 +140,15 @@ def is_linked(source: str, target: str) -> bool:
 def is_copied(source: str, target: str) -> bool:
     """Whether a target is there and has the content of a file; OutputExistsError if it is something else.
 
-    Files of the same size and time of change are taken for the same; of others the content is compared.
+    Files of the same size and time of change are taken for the same; of others the content is compared. While a kill
+    has left the file from which the target got its name, it is not done.
     """
     if not _is_there(target, source):
         return False
     if Path(target).is_file():
         one, other = Path(source).stat(), Path(target).stat()
         if one.st_size == other.st_size and (one.st_mtime_ns == other.st_mtime_ns or _same_content(source, target)):
-            return True
+            return not _temporary(target).exists()
     raise _in_the_way(target)
 
 
@@ -225,7 +226,10 @@ def copy_file(source: str, target: str) -> None:
         return
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     with _named(target):
-        _rename(_copied(source, target), target)
+        if os.path.lexists(target):
+            _temporary(target).unlink()
+        else:
+            _rename(_copied(source, target), target)
 
 
 def move_files(media: str, folder: str, undo: UndoFile, names: Sequence[str]) -> Iterator[int]:
@@ -342,6 +346,7 @@ def _move(source: str, target: str, moved: Moved, *, back: bool) -> None:
         if os.path.lexists(target):
             if not _is_the_same(source, target, moved):
                 raise _in_the_way(target)
+            _temporary(target).unlink(missing_ok=True)
             Path(source).unlink()
         elif moved.link is not None:
             # where it leads from its first place, whatever that is relative to
