@@ -305,10 +305,14 @@ def run(
     "OUTPUT if it has this eps]",
 )
 @click.option(
-    "--kept", type=click.Choice(["compact", "mirror", "none"]), help="As in run. [default: as the run had it]"
+    "--kept",
+    type=click.Choice(["compact", "mirror", "none"]),
+    help="As in run, for parquet. [default: as the run had it]",
 )
 @click.option("--media", metavar="FOLDER", help="Where the media are, found by id: ID.mp4, ID/CAMERA.mp4, or a path.")
-@click.option("--path-field", metavar="COLUMN", help="Find media by this column of paths, relative to --media or not.")
+@click.option(
+    "--path-field", metavar="COLUMN", help="Find media by this column of paths, relative to --media, or absolute."
+)
 @click.option("--skip-missing", is_flag=True, help="Go on although some rows have no file.")
 @click.option("--max-removed", metavar="SHARE", help="Stop before anything happens if more would go, as in 15%.")
 @click.option("--group-by", metavar="COLUMN", help="--max-removed holds for each value of this column, too.")
@@ -339,7 +343,7 @@ def apply(
     Media are never deleted, and nothing is overwritten. `untwin undo` puts back what was moved.
     """
     from untwin.backends import make_executor
-    from untwin.jobs.act import ON_FILES, Media
+    from untwin.jobs.act import ON_FILES, media_of
     from untwin.jobs.apply import prepare_apply
     from untwin.jobs.parameters import parse_bytes
     from untwin.storage.files import Storage
@@ -349,14 +353,12 @@ def apply(
             f"--mode {mode} asks before it begins, and there is no terminal to ask on; look with --dry-run, then give "
             "--yes; nothing was done"
         )
-    if media is None and (path_field is not None or skip_missing):
-        raise ParameterError("--path-field and --skip-missing say how media are found; give their folder with --media")
     with _progress() as progress:
         application = prepare_apply(
             output,
             eps=eps,
             mode=mode,
-            media=None if media is None else Media(media, path_field, skip_missing),
+            media=media_of(media, path_field, skip_missing),
             executor=make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address),
             storage=Storage(_storage_options(storage_options)),
             progress=progress,

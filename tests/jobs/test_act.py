@@ -538,6 +538,7 @@ def test_json_is_run_json_and_nothing_else(out, media, tmp_path):
         ({"mode": "manifest", "media": "media"}, "not an s3://"),
         ({"mode": "list", "group_by": "source"}, "group_by"),
         ({"mode": "move", "media": "nothing"}, "no such folder"),
+        ({"mode": "list", "path_field": "path"}, "--media"),
     ],
 )
 def test_what_makes_no_sense_is_told(out, media, tmp_path, monkeypatch, options, told):

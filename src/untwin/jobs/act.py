@@ -68,6 +68,15 @@ class Media:
     skip_missing: bool = False
 
 
+def media_of(folder: str | os.PathLike[str] | None, path_field: str | None, skip_missing: bool) -> Media | None:
+    """What a user says of media; ParameterError if it is said how to find them, but not where."""
+    if folder is not None:
+        return Media(os.fspath(folder), path_field, skip_missing)
+    if path_field is not None or skip_missing:
+        raise ParameterError("path_field and skip_missing say how media are found; give their folder with --media")
+    return None
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be done.
@@ -290,8 +299,6 @@ def plan_files(decisions: Decisions, mode: str, media: Media, to: str | None) ->
         raise ParameterError(f"mode is {mode!r} without a folder for the files; give one with --to")
     storage = decisions.run_folder.storage
     folder = normalize_path(to) if to else ""
-    if folder:
-        _check_apart(given, folder)
     listed = list_media(storage, given, any_ending=media.path_field is not None)
     source = listed.path
     folder = folder or f"{source}-duplicates"

@@ -15,7 +15,7 @@ from untwin.backends.base import Executor, Progress
 from untwin.backends.ledger import Ledger
 from untwin.core import threshold
 from untwin.errors import OutputExistsError, ParameterError, ResultMismatchError
-from untwin.jobs.act import MODES, ON_MEDIA, Media, Plan, plan_files, plan_list, plan_manifest
+from untwin.jobs.act import MODES, ON_MEDIA, Media, Plan, media_of, plan_files, plan_list, plan_manifest
 from untwin.jobs.decisions import Decisions, parse_share
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
@@ -119,7 +119,7 @@ def apply(
         mode=mode,
         to=to,
         kept=kept,
-        media=None if media is None else Media(os.fspath(media), path_field, skip_missing),
+        media=media_of(media, path_field, skip_missing),
         max_removed=max_removed,
         group_by=group_by,
         executor=make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address),

@@ -48,7 +48,7 @@ class Matches:
 
 
 class MediaFolder:
-    """The media files below a folder, and what finds them. A file takes its name and about 100 bytes.
+    """The media files below a folder, and what finds them. A file takes its name and at most 150 bytes.
 
     Attributes:
         path: The folder, local or a URL.
