@@ -16,7 +16,14 @@ from click.testing import CliRunner
 import untwin
 from inputs import TWINS, cli, ids_of, read_folder, snapshot, table_of, twin_table, twin_vectors, write_parquet
 from untwin.cli import main
-from untwin.errors import InputNotFoundError, OutputExistsError, ParameterError, TooManyRemovedError, UntwinError
+from untwin.errors import (
+    DamagedFileError,
+    InputNotFoundError,
+    OutputExistsError,
+    ParameterError,
+    TooManyRemovedError,
+    UntwinError,
+)
 from untwin.storage.relocate import UNDO
 
 DRIVER = Path(__file__).with_name("killed_run.py")
@@ -294,6 +301,44 @@ def test_undo_overwrites_nothing(out, media, tmp_path):
     (tmp_path / "to" / "a" / "row07.mp4").unlink()
     with pytest.raises(UntwinError, match=r"6 files were put back, but 1 are neither.*row07\.mp4"):
         untwin.undo(tmp_path / "to")
+
+
+@pytest.mark.parametrize("cut", [1, 30, 10**6])
+def test_an_undo_file_that_was_cut_off_in_a_line_is_gone_on_with(out, media, tmp_path, cut):
+    """As a power cut leaves it: in the first line, or in one of a file that was not moved yet."""
+    before = state(media)
+    to = tmp_path / "to"
+    untwin.apply(out, eps=0.05, mode="move", media=media, to=to)
+    lines = (to / UNDO).read_text().splitlines(keepends=True)
+    (to / json.loads(lines[-1])["name"]).rename(media / json.loads(lines[-1])["name"])
+    (to / UNDO).write_text("".join(lines[:-1]) + lines[-1][: min(cut, len(lines[-1]) - 1)])
+    untwin.apply(out, eps=0.05, mode="move", media=media, to=to)
+    assert (to / UNDO).read_text() == "".join(lines)
+    assert files_below(to) == files_of(REMOVED)
+    (to / UNDO).write_text("".join(lines) + '{"name": "row')
+    assert untwin.undo(to) == 7
+    assert state(media) == before
+    to.mkdir()
+    (to / UNDO).write_text(lines[0][:20])
+    untwin.apply(out, eps=0.05, mode="move", media=media, to=to)
+    assert untwin.undo(to) == 7
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / UNDO).write_text(lines[0][:20])
+    assert untwin.undo(tmp_path / "half") == 0
+    assert state(media) == before
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/secret", "a/../../secret"])
+def test_an_undo_file_cannot_lead_out_of_its_folder(out, media, tmp_path, name):
+    to = tmp_path / "to"
+    untwin.apply(out, eps=0.05, mode="move", media=media, to=to)
+    (tmp_path / "secret").write_text("secret")
+    with (to / UNDO).open("a") as sink:
+        sink.write(json.dumps({"name": name, "size": 6, "mtime_ns": 0, "link": None}) + "\n")
+    before = state(tmp_path)
+    with pytest.raises(DamagedFileError, match="not followed"):
+        untwin.undo(to)
+    assert state(tmp_path) == before
 
 
 def test_a_folder_takes_the_duplicates_of_one_answer_only(out, media, tmp_path):

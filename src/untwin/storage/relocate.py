@@ -83,6 +83,9 @@ class UndoFile:
                         self.about = content
                 except (ValueError, TypeError) as error:
                     raise DamagedFileError(f"{self.path}: is damaged ({error}); repair it by hand") from error
+        for name in (*self.moved, *self.made):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise DamagedFileError(f"{self.path}: {_shown(name)} is no path below a folder; it is not followed")
         if self.about and self.about.get("untwin_undo") != _UNDO_VERSION:
             raise DamagedFileError(f"{self.path}: was not made by this version of untwin")
 
