@@ -41,7 +41,7 @@ def kill_at_operation(number, output):
 
     def hook(event, arguments):
         nonlocal count
-        if event not in OPERATIONS or not os.fsdecode(arguments[0]).startswith(output):
+        if event not in OPERATIONS or not str(arguments[0]).startswith(output):
             return
         with lock:
             count += 1
