@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from untwin.backends.local import LocalExecutor
+    from untwin.jobs.act import undo
     from untwin.jobs.apply import apply
     from untwin.jobs.audit import audit
     from untwin.jobs.report import write_report
@@ -38,6 +39,7 @@ _HOMES = {
     "show": "untwin.jobs.show",
     "tune": "untwin.jobs.tune",
     "write_report": "untwin.jobs.report",
+    "undo": "untwin.jobs.act",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "deduplicate",
     "show",
     "tune",
+    "undo",
     "write_report",
 ]
 

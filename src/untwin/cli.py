@@ -102,10 +102,13 @@ def _what_is_left(kwargs: dict[str, Any]) -> str:
     """What there is after a failure, and what to do; never advises to delete what is finished."""
     from untwin.storage.files import redact
 
-    if click.get_current_context().info_name in ("show", "tune"):
+    command = click.get_current_context().info_name
+    if command in ("show", "tune"):
         return "nothing was changed"
-    if click.get_current_context().info_name in ("audit", "report"):
+    if command in ("audit", "report"):
         return f"nothing in {redact(kwargs['output'])} has changed"
+    if command == "undo" or kwargs.get("mode", "parquet") != "parquet":
+        return "no file was overwritten or lost; the same command goes on where this one stopped"
     paths = kwargs.get("paths")
     answer = kwargs.get("to") or f"{kwargs.get('output', '').rstrip('/')}/eps={kwargs['eps']!r}"
     folder = paths[-1] if paths else answer
@@ -296,17 +299,46 @@ def run(
     required=True,
     help="Remove a row whose similarity to a kept row is at least 1 - EPS.",
 )
-@click.option("--to", metavar="FOLDER", help="Where the answer goes. [default: OUTPUT/eps=EPS/]")
 @click.option(
-    "--kept", type=click.Choice(["compact", "mirror", "none"]), help="As in run. [default: as the run had it]"
+    "--mode",
+    type=click.Choice(["parquet", "list", "link", "copy", "move", "manifest"]),
+    default="parquet",
+    show_default=True,
+    help="Write the data set without duplicates, or ids as text; link or copy the media of the rows that stay; move "
+    "those of duplicates; list objects on S3 to remove, for S3 Batch Operations.",
 )
+@click.option(
+    "--to",
+    metavar="FOLDER",
+    help="parquet: where the whole answer goes. list, manifest: where the lists go. link, copy, move: where the files "
+    "go. [default: for files of link and copy none, for those of move MEDIA-duplicates; else OUTPUT/eps=EPS/, or "
+    "OUTPUT if it has this eps]",
+)
+@click.option(
+    "--kept",
+    type=click.Choice(["compact", "mirror", "none"]),
+    help="As in run, for parquet. [default: as the run had it]",
+)
+@click.option("--media", metavar="FOLDER", help="Where the media are, found by id: ID.mp4, ID/CAMERA.mp4, or a path.")
+@click.option(
+    "--path-field", metavar="COLUMN", help="Find media by this column of paths, relative to --media, or absolute."
+)
+@click.option("--skip-missing", is_flag=True, help="Go on although some rows have no file.")
+@click.option("--max-removed", metavar="SHARE", help="Stop before anything happens if more would go, as in 15%.")
+@click.option("--group-by", metavar="COLUMN", help="--max-removed holds for each value of this column, too.")
+@click.option("--dry-run", is_flag=True, help="Find the duplicates, show what would be done, and stop.")
+@click.option("--yes", is_flag=True, help="Do not ask before link, copy and move.")
 @_shared_options
 @_reports_errors
 def apply(
     output: str,
     eps: float,
-    to: str | None,
-    kept: str | None,
+    mode: str,
+    media: str | None,
+    path_field: str | None,
+    skip_missing: bool,
+    dry_run: bool,
+    yes: bool,
     memory: str | None,
     workers: int | None,
     backend: str,
@@ -314,24 +346,50 @@ def apply(
     storage_options: str | None,
     as_json: bool,
     verbose: bool,
+    **options: Any,
 ) -> None:
-    """Write the answer for another EPS beside the finished run in OUTPUT, without clustering again."""
-    from untwin.jobs.apply import apply as apply_job
+    """Act on the finished run in OUTPUT with this EPS: write, list, link, copy or move, without clustering again.
 
+    Media are never deleted, and nothing is overwritten. `untwin undo` puts back what was moved.
+    """
+    from untwin.backends import make_executor
+    from untwin.jobs.act import ON_FILES, media_of
+    from untwin.jobs.apply import prepare_apply
+    from untwin.jobs.parameters import parse_bytes
+    from untwin.storage.files import Storage
+
+    if mode in ON_FILES and not (dry_run or yes or _asks()):
+        raise ParameterError(
+            f"--mode {mode} asks before it begins, and there is no terminal to ask on; look with --dry-run, then give "
+            "--yes; nothing was done"
+        )
     with _progress() as progress:
-        result = apply_job(
+        application = prepare_apply(
             output,
             eps=eps,
-            to=to,
-            kept=kept,
-            memory=memory,
-            workers=workers,
-            backend=backend,
-            ray_address=ray_address,
-            storage_options=_storage_options(storage_options),
+            mode=mode,
+            media=media_of(media, path_field, skip_missing),
+            executor=make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address),
+            storage=Storage(_storage_options(storage_options)),
             progress=progress,
+            dry_run=dry_run,
+            **options,
         )
-    _show(result, as_json, verbose)
+    plan = application.plan
+    if plan is not None:
+        click.echo("\n".join(plan.lines), err=as_json)
+        if plan.question and not (dry_run or yes) and not click.confirm(plan.question, err=as_json):
+            click.echo("nothing was done", err=True)
+            return
+    if dry_run:
+        if plan is None or as_json:
+            _show(application.answer, as_json, verbose)
+        return
+    with _progress() as progress:
+        result, done = application.execute(progress)
+    click.echo("".join(f"{line}\n" for line in done), err=as_json, nl=False)
+    if plan is None or as_json:
+        _show(result, as_json, verbose)
 
 
 @main.command()
@@ -467,6 +525,24 @@ def tune(labels: str, precision: float, storage_options: str | None, as_json: bo
 
     tuned = tune_job(labels, precision=precision, storage_options=_storage_options(storage_options))
     click.echo(_as_json(tuned) if as_json else "\n".join(_tuned_lines(tuned)))
+
+
+@main.command()
+@click.argument("folder")
+@click.option("-v", "--verbose", is_flag=True, help="Say more, on stderr.")
+@_reports_errors
+def undo(folder: str, verbose: bool) -> None:
+    """Put back the files that `untwin apply --mode move` moved to FOLDER, where no other file is in their place."""
+    from untwin.jobs.act import undo as undo_job
+
+    with _progress() as progress:
+        count = undo_job(folder, progress=progress)
+    click.echo(f"{count:,} files put back")
+
+
+def _asks() -> bool:
+    """Whether there is somebody to ask."""
+    return sys.stdin.isatty()
 
 
 def _number_or_auto(name: str, text: str) -> int | None:

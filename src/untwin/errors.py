@@ -54,6 +54,10 @@ class TooManyRejectedError(UntwinError):
     """More than half of all rows could not be judged; names the commonest reasons."""
 
 
+class TooManyRemovedError(UntwinError):
+    """More rows would be removed than allowed; names the share, or the groups of rows."""
+
+
 class ResultMismatchError(UntwinError):
     """A finished run does not add up: some row is not exactly one of kept, duplicate, rejected."""
 

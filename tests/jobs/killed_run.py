@@ -23,6 +23,8 @@ from untwin.backends.ledger import Ledger
 from untwin.stages import removal
 
 SMALL = 1 << 14
+OPERATIONS = {"open", "os.scandir", "shutil.rmtree", "shutil.copyfile", "os.truncate"}
+OPERATIONS |= {f"os.{name}" for name in ("rename", "remove", "mkdir", "rmdir", "link", "symlink")}
 
 # a shell that starts its commands in the background has them ignore interrupts, and children inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,15 +35,13 @@ def die():
 
 
 def kill_at_operation(number, output):
-    """Count what opens, renames, makes or removes something in the output; a file's own writing lies in between."""
+    """Count what opens, names, makes or removes something in the output; a file's own writing lies in between."""
     count = 0
     lock = threading.Lock()
 
     def hook(event, arguments):
         nonlocal count
-        if event not in {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir", "shutil.rmtree"}:
-            return
-        if not str(arguments[0]).startswith(output):
+        if event not in OPERATIONS or not str(arguments[0]).startswith(output):
             return
         with lock:
             count += 1
@@ -118,7 +118,8 @@ def main():
     removal._FILE_BYTES = removal._MIRROR_BYTES = small
     counted = None
     if "operation" in wanted:
-        counted = kill_at_operation(wanted["operation"], wanted["output"])
+        places = wanted["output"]
+        counted = kill_at_operation(wanted["operation"], tuple(places) if isinstance(places, list) else places)
     if "seconds" in wanted:
         timer = threading.Timer(wanted["seconds"], die)
         timer.daemon = True

@@ -136,8 +136,8 @@ def test_run_then_apply_is_the_same_as_a_run_with_that_eps(debian, tmp_path):
 @pytest.mark.parametrize("rule", [["--compare-to", "ranked"], ["--which-to-keep", "random"], ["--kept", "mirror"]])
 def test_apply_at_the_eps_of_the_run_gives_the_answer_of_the_run(debian, tmp_path, rule):
     cli("run", debian.files[0], tmp_path / "out", "--n-clusters", 8, "--eps", "0.05", *rule)
-    cli("apply", tmp_path / "out", "--eps", "0.05")
-    same_answer(tmp_path / "out" / "eps=0.05", tmp_path / "out")
+    cli("apply", tmp_path / "out", "--eps", "0.05", "--to", tmp_path / "again")
+    same_answer(tmp_path / "again", tmp_path / "out")
     assert len(ids_of(tmp_path / "out" / "duplicates")) > 100
 
 

@@ -17,9 +17,11 @@ from untwin.storage.lock import LOCK
 
 FORMAT_VERSION = 1
 _TEMPORARY = r"_tmp-[0-9a-f]{32}"
+_LISTS = ("kept.txt", "removed.txt", "remove.csv")
+"""What `untwin apply` lists in the folder of an answer."""
 _OURS = re.compile(
     r"(?:eps=[^/]+/)?(?:"
-    r"run\.json|report\.html|_lock\.json|_done/(?:.*/)?[^/]+\.json|groups\.parquet|_plan/(?:plan\.json|listing\.parquet)|(?:_work|_audit)/.*|"
+    r"run\.json|report\.html|kept\.txt|removed\.txt|remove\.csv|_lock\.json|_done/(?:.*/)?[^/]+\.json|groups\.parquet|_plan/(?:plan\.json|listing\.parquet)|(?:_work|_audit)/.*|"
     r"kmeans/(?:_centroids\.npy|_work/.*|centroid=\d+/part-\d+\.parquet)|"
     r"pairwise/(?:cluster_\d+\.parquet|_rows/unit-\d+\.npy|_work/.*)|"
     r"duplicates/(?:part-\d+\.parquet|_kept\.bits|_work/.*)|"
@@ -154,7 +156,7 @@ class OutputFolder:
         mirrored = self._mirrored()
         for file in self.storage.find(self.path) if self.storage.is_folder(self.path) else []:
             relative = file.path[len(self.path) :].strip("/")
-            if relative.startswith("eps=") or relative in listed or relative == LOCK:
+            if relative.startswith("eps=") or relative in listed or relative in (LOCK, *_LISTS):
                 continue
             temporary = re.fullmatch(_TEMPORARY, posixpath.basename(relative))
             markers = relative.startswith(("_plan/", "_done/"))

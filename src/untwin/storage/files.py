@@ -334,28 +334,33 @@ class Storage:
 
     def find(self, folder: str) -> list[FoundFile]:
         """All files below a folder, recursively, in no particular order; links to folders are followed once."""
+        return list(self.walk(folder))
+
+    def walk(self, folder: str) -> Iterator[FoundFile]:
+        """All files below a folder, one by one; a folder that links lead to as well is met under its own path."""
         if is_remote(folder):
             with self._explained(folder):
                 entries = self._fs(folder).find(folder, detail=True)
             protocol = folder.partition("://")[0]
-            return [_found(f"{protocol}://{path}", info) for path, info in entries.items()]
-        found: list[FoundFile] = []
+            yield from (_found(f"{protocol}://{path}", info) for path, info in entries.items())
+            return
         seen: set[tuple[int, int]] = set()
-        stack = [folder]
-        while stack:
-            current = stack.pop()
+        folders, links = [folder], deque[str]()
+        while folders or links:
+            current = folders.pop() if folders else links.popleft()
             status = Path(current).stat()
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
+            linked: list[str] = []
             with os.scandir(current) as entries_here:
                 for entry in entries_here:
                     if entry.is_dir():
-                        stack.append(entry.path)
+                        (linked if entry.is_symlink() else folders).append(entry.path)
                     elif entry.is_file():
                         info = entry.stat()
-                        found.append(FoundFile(entry.path, info.st_size, str(info.st_mtime_ns)))
-        return found
+                        yield FoundFile(entry.path, info.st_size, str(info.st_mtime_ns))
+            links.extend(sorted(linked))
 
     def glob(self, pattern: str) -> list[str]:
         """Paths (files and folders) that match a glob pattern, sorted."""
