@@ -1,8 +1,9 @@
-"""Realistic reports, and a browser to look at them."""
+"""Realistic reports."""
 
 import base64
 import io
 import struct
+import uuid
 import zlib
 
 import numpy as np
@@ -14,13 +15,13 @@ HOSTILE = (
     "</script><script>window.hacked=1</script>",
     '<img src=x onerror="window.hacked=1">',
     "<!-- <script>",
-    "it's \"quoted\", with a comma",
+    'it\'s "quoted", with a comma',
     "line\nbreak and\r\ncarriage return",
     "\u202egnp.exe",
     "\u05e9\u05dc\u05d5\u05dd-\u0645\u0631\u062d\u0628\u0627-42",
     "a\u2028b\u2029c\u200bd\ufeff\x00\x1b[31m",
     "{{ 7 * 7 }}{% raw %}",
-    "=HYPERLINK(\"http://example.org\")",
+    '=HYPERLINK("http://example.org")',
     "&lt;b&gt;&amp;",
     " spaces around ",
     "x" * 2000,
@@ -53,10 +54,11 @@ def picture(frames, width=160, height=90, seed=0, noise=0):
     return Strip("data:image/png;base64," + base64.b64encode(out.getvalue()).decode(), frames, width, height)
 
 
-_WORDS = (
+_CAPTION = (
     "a short walk through the harbour at dawn with boats and gulls over calm water while two people carry nets "
     "from the quay to a van parked beside the fish hall"
-).split()
+)
+_WORDS = _CAPTION.split()
 
 
 def make_report(
@@ -81,21 +83,22 @@ def make_report(
         for at, count, sure in zip(all_eps, counts, exact, strict=True)
     )
     edges = np.linspace(0.7, 1, 121)
-    bins = (n * 0.0009 * (0.12 + np.exp(-((edges[:-1] - 0.7) / 0.09)) + 9 * np.exp(-((1 - edges[:-1]) / 0.012)))).astype(
-        int
-    )
+    bins = (
+        n * 0.0009 * (0.12 + np.exp(-((edges[:-1] - 0.7) / 0.09)) + 9 * np.exp(-((1 - edges[:-1]) / 0.012)))
+    ).astype(int)
 
     clips = []
 
     def clip(i):
-        text = " ".join(rng.choice(_WORDS, 14))
+        alike = np.random.default_rng(i // 2)  # a pair's rows are much alike
+        start, duration, source = alike.integers(10), alike.uniform(6, 40), alike.integers(1, 30)
         columns = (
-            ("duration_s", f"{rng.uniform(2, 40):.1f}"),
-            ("size_bytes", f"{rng.integers(10**5, 10**9):,}"),
-            ("source", f"camera-{rng.integers(1, 30):02d}/front"),
-            ("caption", text),
+            ("duration_s", f"{duration - (i % 2) * rng.uniform(0, 5):.1f}"),
+            ("size_bytes", f"{rng.integers(10**6, 10**8):,}"),
+            ("source", f"camera-{source:02d}/front"),
+            ("caption", " ".join(_WORDS[start : start + int(rng.integers(12, 16))])),
         )
-        name = f"{rng.integers(2**32):08x}-{rng.integers(2**16):04x}-4{rng.integers(2**12):03x}-9f0e-{rng.integers(2**48):012x}"
+        name = str(uuid.UUID(bytes=rng.bytes(16), version=4))
         if hostile and i % 2 == 0:
             evil = HOSTILE[i // 2 % len(HOSTILE)]
             name, columns = f"{evil}{i}" if i // 2 >= len(HOSTILE) else evil, (*columns, (evil, evil))
@@ -103,13 +106,15 @@ def make_report(
         if pictures == "video" and i % 17 == 5:
             problem = "no picture: moov atom not found"
         elif pictures == "video":
-            strip = picture(6, *((160, 90) if i % 5 else (90, 160)), seed=i // 2)
+            strip = picture(6, *((160, 90) if i // 2 % 5 else (90, 160)), seed=i // 2)
         elif pictures == "image":
             strip = picture(1, 160, 120, seed=i // 2)
-        clips.append(Clip(name, int(rng.integers(0, 2000)), columns if pictures is None or i % 3 else columns[:2], strip, problem))
+        clips.append(Clip(name, int(alike.integers(2000)), columns, strip, problem))
         return len(clips) - 1
 
-    scores = np.sort(np.append(rng.uniform(0.7, 1, max(0, n_pairs - 8)), 1 - np.asarray(EPS_GRID[4:12])))[::-1][:n_pairs]
+    scores = np.sort(np.append(rng.uniform(0.7, 1, max(0, n_pairs - 8)), 1 - np.asarray(EPS_GRID[4:12])))[::-1][
+        :n_pairs
+    ]
     pairs = []
     for i, score in enumerate(scores.astype(np.float32).astype(float).tolist()):
         removed = eps is not None and np.float32(score) >= np.float32(1 - eps) and i % 23 != 7
@@ -126,10 +131,17 @@ def make_report(
     if hostile:
         values[:6] = HOSTILE[:6]
     sources = [
-        Source(value, 1_000_000 - 50_000 * i, tuple(((1_000_000 - 50_000 * i) * grown * (1 - i / 20)).astype(int).tolist()), None if eps is None else 9000 + i)
+        Source(
+            value,
+            1_000_000 - 50_000 * i,
+            tuple(((1_000_000 - 50_000 * i) * grown * (1 - i / 20)).astype(int).tolist()),
+            None if eps is None else 9000 + i,
+        )
         for i, value in enumerate([*values, None])
     ]
-    clusters = [Cluster(17 * i, 8000 - 300 * i, tuple(((8000 - 300 * i) * grown).astype(int).tolist())) for i in range(20)]
+    clusters = [
+        Cluster(17 * i, 8000 - 300 * i, tuple(((8000 - 300 * i) * grown).astype(int).tolist())) for i in range(20)
+    ]
     in_force = next((step.duplicates for step in steps if step.eps == eps), 0)
     return Report(
         output=HOSTILE[0] + "out" if hostile else "/data/clips/2024-05/deduplicated",
@@ -170,7 +182,7 @@ def make_report(
         parameters={"n_clusters": 2000, "eps": eps, "compare_to": compare_to, "which_to_keep": "hard", "seed": 42}
         | ({HOSTILE[0]: HOSTILE[1]} if hostile else {}),
         packages={"untwin": "0.1.0", "numpy": "2.2.1", "pyarrow": "18.1.0", "python": "3.12.7"},
-        reproduce="untwin run 's3://clips/embeddings/' /data/clips/2024-05/deduplicated --eps 0.07 --n-clusters 2000 --seed 42"
+        reproduce="untwin run s3://clips/embeddings/ /data/clips/2024-05/deduplicated --eps 0.07 --n-clusters 2000"
         + (" " + HOSTILE[5] if hostile else ""),
         apply="untwin apply /data/clips/2024-05/deduplicated" + (" '" + HOSTILE[3] + "'" if hostile else ""),
     )

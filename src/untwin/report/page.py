@@ -21,9 +21,7 @@ try:
     from markupsafe import Markup, escape
     from plotly.offline import get_plotlyjs
 except ImportError as error:
-    raise MissingExtraError(
-        "the report needs a package that is not installed: pip install 'untwin[report]'"
-    ) from error
+    raise MissingExtraError("the report needs a package that is not installed: pip install 'untwin[report]'") from error
 
 MAX_BYTES = 15_000_000
 """Of the page; pictures beyond it are left out."""
@@ -78,10 +76,10 @@ def _page(report: Report, strips: set[int]) -> str:
         audit=f"untwin audit {shlex.quote(report.output)}",
         # The page's two scripts and no others.
         hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in (script, plotly)),
-        style=Markup((files / "page.css").read_text("utf-8")),  # noqa: S704
-        data=Markup(_json(_content(report, strips))),  # noqa: S704
-        script=Markup(script),  # noqa: S704
-        plotly=Markup(plotly),  # noqa: S704
+        style=Markup((files / "page.css").read_text("utf-8")),
+        data=Markup(_json(_content(report, strips))),
+        script=Markup(script),
+        plotly=Markup(plotly),
     )
 
 
