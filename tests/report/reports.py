@@ -134,13 +134,14 @@ def make_report(
         Source(
             value,
             1_000_000 - 50_000 * i,
-            tuple(((1_000_000 - 50_000 * i) * grown * (1 - i / 20)).astype(int).tolist()),
-            None if eps is None else 9000 + i,
+            tuple(((1_000_000 - 50_000 * i) * grown * (1.3 - i / 12)).astype(int).tolist()),
+            None if eps is None else int((1_000_000 - 50_000 * i) * grown[all_eps.index(eps)] * (1.3 - i / 12)),
         )
         for i, value in enumerate([*values, None])
     ]
     clusters = [
-        Cluster(17 * i, 8000 - 300 * i, tuple(((8000 - 300 * i) * grown).astype(int).tolist())) for i in range(20)
+        Cluster(17 * i, 8000 - 300 * i, tuple(((8000 - 300 * i) * grown * (2 - i / 15)).astype(int).tolist()))
+        for i in range(20)
     ]
     in_force = next((step.duplicates for step in steps if step.eps == eps), 0)
     return Report(

@@ -159,9 +159,7 @@
     const made = el(moving ? "button" : "div", { class: "strip", "aria-label": label, ...(moving ? { type: "button" } : { role: "img" }) });
     if (/^data:image\/[a-z+]+[;,]/.test(uri)) made.style.backgroundImage = `url("${uri.replace(/["\\\s]/g, "")}")`;
     made.style.backgroundSize = `${100 * frames}% 100%`;
-    made.style.aspectRatio = `${width} / ${height}`;
-    // No wider than the greatest height allows, or the picture would be stretched.
-    made.style.maxWidth = `min(100%, calc(16rem * ${width} / ${height}))`;
+    made.style.setProperty("--ratio", `${width} / ${height}`);
     if (moving) {
       made.style.setProperty("--frames", frames);
       let frame = 0;
@@ -181,10 +179,11 @@
     else if (clip.problem) made.append(el("p", { class: "problem" }, ...visible(clip.problem)));
     if (clip.columns.length) {
       const others = other === undefined ? null : new Map(clips[other].columns);
-      made.append(el("dl", { class: "columns" }, ...clip.columns.flatMap(([name, value]) => [
-        el("dt", {}, el("bdi", {}, ...visible(name))),
-        el("dd", others && others.get(name) !== value ? { class: "differs" } : {}, el("bdi", {}, ...visible(value))),
-      ])));
+      made.append(el("dl", { class: "columns" }, ...clip.columns.flatMap(([name, value]) => {
+        const long = value.length > 14 ? "long " : "";
+        const differs = others && others.get(name) !== value ? "differs" : "";
+        return [el("dt", { class: long }, el("bdi", {}, ...visible(name))), el("dd", { class: long + differs }, el("bdi", {}, ...visible(value)))];
+      })));
     }
     return made;
   }
@@ -381,11 +380,12 @@
     const head = whole.querySelectorAll("thead th")[2];
     followers.push(() => {
       head.textContent = (steps[now].exact ? "" : "at most ") + "duplicates";
+      const highest = Math.max(0, ...cells.map((cell) => (cell.row.rows ? cell.row.duplicates[now] / cell.row.rows : 0)));
       for (const cell of cells) {
         const n = cell.row.duplicates[now];
         cell.number.textContent = count(n);
         cell.text.textContent = share(n, cell.row.rows);
-        cell.bar.style.setProperty("--share", cell.row.rows ? n / cell.row.rows : 0);
+        cell.bar.style.setProperty("--share", highest && cell.row.rows ? n / cell.row.rows / highest : 0);
       }
     });
     byId(box).append(whole);
@@ -479,7 +479,7 @@
     if (counts.length) draw("histogram", "Histogram of rows by similarity", [{
       type: "bar", x: counts.map((_, i) => (edges[i] + edges[i + 1]) / 2), width: counts.map((_, i) => edges[i + 1] - edges[i]), y: counts,
       marker: { color: bar }, hovertemplate: counts.map((n, i) => `similarity ${between(i)}<br>${count(n)} rows<extra></extra>`),
-    }], axis("similarity to the closest better-ranked row", { range: [edges[last], edges[0]] }), axis("rows", scale(logOf("histogram-log"))));
+    }], axis("similarity (cosine)", { range: [edges[last], edges[0]] }), axis("rows", scale(logOf("histogram-log"))));
     const bounds = steps.some((step) => !step.exact);
     const hover = (step) => `eps ${step.eps}<br>${atMost(step)} ${count(step.duplicates)} rows, ${share(step.duplicates, data.n_compared)}<extra></extra>`;
     const curve = (some, more) => ({ type: "scatter", x: some.map((step) => step.eps), y: some.map((step) => data.n_compared ? (100 * step.duplicates) / data.n_compared : 0), hovertemplate: some.map(hover), ...more });
