@@ -146,8 +146,8 @@ def make_report(
     in_force = next((step.duplicates for step in steps if step.eps == eps), 0)
     return Report(
         output=HOSTILE[0] + "out" if hostile else "/data/clips/2024-05/deduplicated",
-        made="2024-05-04 12:09 UTC",
-        finished="2024-05-04 11:58 UTC",
+        made="2024-05-04T12:09:31+00:00",
+        finished="2024-05-04T11:58:02+00:00",
         eps=eps,
         compare_to=compare_to,
         n_input=n + 321,

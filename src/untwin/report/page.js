@@ -180,9 +180,10 @@
     if (clip.columns.length) {
       const others = other === undefined ? null : new Map(clips[other].columns);
       made.append(el("dl", { class: "columns" }, ...clip.columns.flatMap(([name, value]) => {
-        const long = value.length > 14 ? "long " : "";
+        const beside = others?.get(name) ?? "";
+        const long = Math.max(name.length, value.length, beside.length) > 18 ? "long " : "";
         const differs = others && others.get(name) !== value ? "differs" : "";
-        return [el("dt", { class: long }, el("bdi", {}, ...visible(name))), el("dd", { class: long + differs }, el("bdi", {}, ...visible(value)))];
+        return [el("dt", { class: long }, bdi(name, "name")), el("dd", { class: long + differs }, bdi(value, "value"))];
       })));
     }
     return made;
@@ -199,7 +200,7 @@
     const centroids = [clips[pair.row].centroid, clips[pair.other].centroid];
     header.append(el("span", {}, centroids[0] === centroids[1] ? `cluster ${count(centroids[0])}` : `clusters ${centroids.map(count).join(" and ")}`));
     if (data.eps !== null) header.append(el("span", {}, pair.removed ? `removed at eps ${data.eps}` : `kept at eps ${data.eps}`));
-    if (pair.reason) header.append(el("span", {}, "kept before it: ", el("bdi", {}, ...visible(pair.reason))));
+    if (pair.reason) header.append(el("span", {}, "the other ranks first, ", el("bdi", {}, ...visible(pair.reason))));
     const made = el("article", { class: "pair", "aria-label": `Pair of similarity ${score(pair.score)}`, "data-pair": index }, header,
       el("div", { class: "two" }, clipView(pair.row, pair.removed ? "duplicate" : "row", pair.other),
         clipView(pair.other, pair.removed ? "witness, kept" : "better-ranked row", pair.row)));
