@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from untwin.backends.base import NoProgress, Progress
-from untwin.errors import MissingExtraError, ParameterError
+from untwin.errors import MissingExtraError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters
+from untwin.jobs.pictures import open_media, pictures
 from untwin.jobs.record import now, probes_of
 from untwin.jobs.report_rows import (
     Finished,
@@ -54,7 +55,8 @@ from untwin.storage.files import Storage, normalize_path, redact
 from untwin.storage.lock import locked
 
 _PAGE_PACKAGES = ("jinja2", "plotly")
-_PAIRS = 400
+_PAIRS, _PAIRS_WITH_PICTURES = 400, 160
+"""A picture takes a tenth of a second and 10 kB."""
 _PAIRS_OF_INTERVAL = 100
 _GROUPS, _MEMBERS = 12, 24
 _CLUSTERS, _CLUSTER_SIZES = 20, 500
@@ -78,7 +80,7 @@ def write_report(
     Args:
         output_path: Output folder of a finished run, or of `untwin.apply`.
         group_by: Count duplicates for each value of this column of the input.
-        media: Folder of the clips.
+        media: Folder of the clips, local or a URL; rows are shown with pictures of their files, found by id.
         storage_options: For fsspec.
         progress: Gets told how far the work is.
 
@@ -149,8 +151,7 @@ def collect_report(
     Raises:
         UntwinError: As `write_report`.
     """
-    if media is not None:
-        raise ParameterError("media is given, but this version shows no pictures")
+    found = None if media is None else open_media(folder.storage, media)
     source = Finished.open(folder)
     run, parameters = source.run, source.run["parameters"]
     eps: float | None = parameters["eps"]
@@ -166,10 +167,16 @@ def collect_report(
     table_seconds = sums.microseconds.reshape(-1, 2) if sums else np.zeros((0, 2), np.int64)
 
     groups = largest_groups(source, _GROUPS, _MEMBERS) if eps is not None else []
-    pairs = _chosen_pairs(counted, force)
+    pairs = _chosen_pairs(counted, force, _PAIRS if found is None else _PAIRS_WITH_PICTURES)
     ids = pa.concat_arrays([pairs["id"].combine_chunks(), pairs["other"].combine_chunks(), *(g[1] for g in groups)])
     ids = ids.unique()
     clips, rows, carried = _clips(source, ids)
+    if found is not None:
+        made = pictures(found, ids, progress or NoProgress())
+        clips = [
+            replace(clip, problem=one) if isinstance(one, str) else replace(clip, strip=one)
+            for clip, one in zip(clips, made, strict=True)
+        ]
 
     def clip_of(some: pa.Array | pa.ChunkedArray) -> list[int]:
         found: list[int] = pc.index_in(some, value_set=ids).to_pylist()
@@ -340,10 +347,10 @@ def _sorted_by(steps: Sequence[float], force: int | None) -> int:
     return steps.index(_USUAL_EPS) if force is None else force
 
 
-def _chosen_pairs(counted: _Counted, force: int | None) -> pa.Table:
+def _chosen_pairs(counted: _Counted, force: int | None, most: int) -> pa.Table:
     """The pairs that are shown, most similar first: of each interval those with the smallest hashes."""
     interval = counted.pairs["interval"].to_numpy()
-    quota = allot(np.bincount(interval, minlength=counted.scores.n_steps), force, _PAIRS)
+    quota = allot(np.bincount(interval, minlength=counted.scores.n_steps), force, most)
     # the candidates are ordered by interval and hash
     place = np.arange(len(interval)) - np.searchsorted(interval, interval, side="left")
     chosen = counted.pairs.filter(pa.array(place < quota[interval]))
@@ -372,10 +379,7 @@ def _steps(
 
 
 def _clips(source: Finished, ids: pa.Array) -> tuple[list[Clip], NDArray[np.int64], Mapping[int, Values]]:
-    """The rows shown, in the order of some different ids; their numbers in the input; what the clusters have of them.
-
-    This is the one place where clips are made: pictures belong here.
-    """
+    """The rows shown, in the order of some different ids, their numbers in the input, and what the clusters have."""
     centroids, rows = locate(source, ids)
     carried = carried_values(source, centroids, rows)
     columns = other_columns(source, rows, carried) if len(ids) else []
