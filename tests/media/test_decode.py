@@ -191,29 +191,30 @@ def test_frames_of_an_animation_are_put_on_those_before(folder):
 
 
 @pytest.mark.parametrize(
-    ("shape", "aspect", "size", "crop", "expected"),
+    ("shape", "aspect", "size", "fit", "expected"),
     [
-        ((64, 96), None, 48, False, (32, 48)),
-        ((64, 96), None, (48, 16), False, (16, 24)),
-        ((64, 96), None, 500, False, (64, 96)),
-        ((64, 96), None, 32, True, (32, 32)),
-        ((64, 96), None, (200, 100), True, (100, 200)),
-        ((64, 96), "2", 96, False, (32, 96)),
-        ((64, 96), "1/2", 96, False, (64, 48)),
-        ((65, 97), None, 500, False, (65, 97)),
-        ((64, 2), None, 32, False, (32, 1)),
+        ((64, 96), None, 48, "inside", (32, 48)),
+        ((64, 96), None, (48, 16), "inside", (16, 24)),
+        ((64, 96), None, 500, "inside", (64, 96)),
+        ((64, 96), None, 32, "crop", (32, 32)),
+        ((64, 96), None, (200, 100), "crop", (100, 200)),
+        ((64, 96), None, (20, 30), "stretch", (30, 20)),
+        ((64, 96), "2", 96, "inside", (32, 96)),
+        ((64, 96), "1/2", 96, "inside", (64, 48)),
+        ((65, 97), None, 500, "inside", (65, 97)),
+        ((64, 2), None, 32, "inside", (32, 1)),
     ],
 )
-def test_frames_have_the_shape_that_is_asked_for(folder, shape, aspect, size, crop, expected):
+def test_frames_have_the_shape_that_is_asked_for(folder, shape, aspect, size, fit, expected):
     height, width = shape
     path = films.film(
         folder / f"shape{height}x{width}-{(aspect or '').replace('/', '-')}.mp4", "libx264",
         [films.picture(i, width, height) for i in range(4)], pix_fmt="yuv444p", aspect=aspect,
     )  # fmt: skip
-    decoded = frames(path, 2, size=size, crop=crop)
+    decoded = frames(path, 2, size=size, fit=fit)
     assert decoded.frames.shape == (2, *expected, 3)
     assert decoded.frames.dtype == np.uint8
-    if width > 8 and not crop:
+    if width > 8 and fit == "inside":
         assert films.numbers(decoded) == [1, 3]
 
 
@@ -221,7 +222,7 @@ def test_a_crop_is_the_middle(folder):
     rgb = np.zeros((64, 128, 3), np.uint8)
     rgb[:, 32:96] = 0, 255, 0
     path = films.image(folder / "middle.png", "png", rgb, "rgb24")
-    assert (frames(path, 1, size=64, crop=True).frames == (0, 255, 0)).all()
+    assert (frames(path, 1, size=64, fit="crop").frames == (0, 255, 0)).all()
 
 
 BT601, BT709 = (0.299, 0.114), (0.2126, 0.0722)

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,7 @@ _SCALING = 0x20 | 0x2000 | 0x40000 | 0x80000
 Without them FFmpeg 7 writes behind the end of rows of some widths.
 """
 _MOST_ASPECT = Fraction(16)
+Fit = Literal["inside", "crop", "stretch"]
 Matrix = tuple[int, int, int, int]
 """a, b, c, d of x' = a x + c y and y' = b x + d y, with y downwards; each is -1, 0 or 1."""
 _ORIENTATIONS: tuple[Matrix, ...] = (
@@ -117,7 +118,7 @@ def frames(
     count: int,
     *,
     size: int | tuple[int, int],
-    crop: bool = False,
+    fit: Fit = "inside",
     storage: Storage | None = None,
 ) -> Decoded:
     """Decode evenly spaced frames of a video: those shown in the middle of `count` equal parts of it.
@@ -129,8 +130,8 @@ def frames(
         file: A path or URL, or a file open for reading at any position, which stays open.
         count: At least 1.
         size: Longest side, or width and height, that frames must fit into, in pixels; they are never enlarged.
-        crop: Give frames of exactly that size (a square for a number) instead: the middle of the picture, enlarged if
-            need be.
+        fit: `inside` that size, never enlarged; `crop`: frames of exactly that size (a square for a number), the middle
+            of the picture; `stretch`: exactly that size, the whole picture, whatever its shape.
         storage: Access to a path.
 
     Raises:
@@ -142,7 +143,7 @@ def frames(
     require()
     box = (size, size) if isinstance(size, int) else size
     if not isinstance(file, str):
-        return _explained(getattr(file, "name", "a file"), file, count, box, crop)
+        return _explained(getattr(file, "name", "a file"), file, count, box, fit)
     try:
         source = (storage or Storage()).open(file)
     except FileNotFoundError as error:
@@ -152,18 +153,18 @@ def frames(
     except (OSError, UnicodeError) as error:
         raise MediaError(redact(file), f"cannot be opened ({error})") from error
     with source:
-        return _explained(file, source, count, box, crop)
+        return _explained(file, source, count, box, fit)
 
 
-def _explained(name: str, file: BinaryIO, count: int, box: tuple[int, int], crop: bool) -> Decoded:
+def _explained(name: str, file: BinaryIO, count: int, box: tuple[int, int], fit: Fit) -> Decoded:
     try:
         head = _head(file)
         if webp.is_animated(head):
-            return _animated_webp(file, count, box, crop)
+            return _animated_webp(file, count, box, fit)
         if head[4:8] == b"ftyp" and _is_encrypted(file):
             raise _UnusableError("is encrypted")
         with contextlib.closing(_Reader(file)) as reader:
-            return _decoded(reader, head, count, box, crop)
+            return _decoded(reader, head, count, box, fit)
     except _UnusableError as error:
         raise MediaError(redact(name), str(error)) from error
     except _damage() as error:
@@ -199,13 +200,13 @@ def _is_encrypted(file: BinaryIO) -> bool:
     return False
 
 
-def _decoded(reader: _Reader, head: bytes, count: int, box: tuple[int, int], crop: bool) -> Decoded:
+def _decoded(reader: _Reader, head: bytes, count: int, box: tuple[int, int], fit: Fit) -> Decoded:
     chosen = reader.evenly(count)
     matrix = _exif_orientation(head) or _matrix(chosen[0])
     width, height = chosen[0].width, chosen[0].height
     stream = reader.stream
     return Decoded(
-        frames=_pictures(chosen, matrix, _aspect(stream), box, crop),
+        frames=_pictures(chosen, matrix, _aspect(stream), box, fit),
         width=height if matrix[0] == 0 else width,
         height=width if matrix[0] == 0 else height,
         fps=None if reader.is_still else reader.fps,
@@ -550,16 +551,16 @@ def _exif_orientation(head: bytes) -> Matrix | None:
 
 
 def _pictures(
-    frames: list[VideoFrame], matrix: Matrix, aspect: Fraction, box: tuple[int, int], crop: bool
+    frames: list[VideoFrame], matrix: Matrix, aspect: Fraction, box: tuple[int, int], fit: Fit
 ) -> NDArray[np.uint8]:
     """Scale, turn and crop frames; (n, height, width, 3). All get the shape of the first one."""
     turned = matrix[0] == 0
     width, height = frames[0].width * aspect, Fraction(frames[0].height)
     wide, high = box[::-1] if turned else box
-    scale = max(wide / width, high / height) if crop else min(wide / width, high / height, Fraction(1))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    scale = max(wide / width, high / height) if fit == "crop" else min(wide / width, high / height, Fraction(1))
+    size = (wide, high) if fit == "stretch" else (max(1, round(width * scale)), max(1, round(height * scale)))
     pictures = [_turn(_rgb(frame, *size), matrix) for frame in frames]
-    if crop:
+    if fit == "crop":
         top, left = (pictures[0].shape[0] - box[1]) // 2, (pictures[0].shape[1] - box[0]) // 2
         pictures = [picture[top : top + box[1], left : left + box[0]] for picture in pictures]
     return np.stack(pictures)
@@ -604,7 +605,7 @@ def _one_thread() -> dict[str, int]:
     return {"threads": 1}
 
 
-def _animated_webp(file: BinaryIO, count: int, box: tuple[int, int], crop: bool) -> Decoded:
+def _animated_webp(file: BinaryIO, count: int, box: tuple[int, int], fit: Fit) -> Decoded:
     file.seek(0)
     data = bytes(file.read(_MOST_WEBP_BYTES + 1))
     if len(data) > _MOST_WEBP_BYTES:
@@ -624,7 +625,7 @@ def _animated_webp(file: BinaryIO, count: int, box: tuple[int, int], crop: bool)
         if i in wanted
     ]
     return Decoded(
-        frames=_pictures(shown, _ORIENTATIONS[0], Fraction(1), box, crop),
+        frames=_pictures(shown, _ORIENTATIONS[0], Fraction(1), box, fit),
         width=width,
         height=height,
         fps=len(parts) / duration if len(parts) > 1 else None,
