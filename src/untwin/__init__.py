@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from untwin.jobs.act import undo
     from untwin.jobs.apply import apply
     from untwin.jobs.audit import audit
+    from untwin.jobs.embed import embed
     from untwin.jobs.report import write_report
     from untwin.jobs.result import RunResult
     from untwin.jobs.run import deduplicate
@@ -36,10 +37,11 @@ _HOMES = {
     "apply": "untwin.jobs.apply",
     "audit": "untwin.jobs.audit",
     "deduplicate": "untwin.jobs.run",
+    "embed": "untwin.jobs.embed",
+    "undo": "untwin.jobs.act",
     "show": "untwin.jobs.show",
     "tune": "untwin.jobs.tune",
     "write_report": "untwin.jobs.report",
-    "undo": "untwin.jobs.act",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "apply",
     "audit",
     "deduplicate",
+    "embed",
     "show",
     "tune",
     "undo",

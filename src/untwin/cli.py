@@ -25,6 +25,7 @@ from untwin.errors import ParameterError, UntwinError
 
 if TYPE_CHECKING:
     from untwin.backends.base import Progress
+    from untwin.jobs.embed import Embedded
     from untwin.jobs.result import RunResult
     from untwin.jobs.show import Beside, Shown
     from untwin.jobs.tune import Tuned
@@ -154,6 +155,27 @@ _shared = [
 ]
 
 
+_media = [
+    click.option(
+        "--frames", type=int, default=8, show_default=True, metavar="N", help="Of a folder of clips: frames of each."
+    ),
+    click.option("--encoder", metavar="MODEL.onnx", help="Turns frames into vectors. [default: EfficientNet-Lite0]"),
+    click.option(
+        "--encoder-options",
+        metavar="YAML|@FILE",
+        help="What is to be known about it, as in 'size: 224, layout: nchw'. [default: MODEL.yaml]",
+    ),
+    click.option("--pattern", metavar="GLOB", help="Only clips whose name or path fits it, as in '*.mp4'."),
+    click.option("--timeout", type=float, default=60.0, show_default=True, metavar="SECONDS", help="For each clip."),
+]
+
+
+def _media_options(command: F) -> F:
+    for option in reversed(_media):
+        command = option(command)
+    return command
+
+
 def _shared_options(command: F) -> F:
     for option in reversed(_shared):
         command = option(command)
@@ -191,9 +213,7 @@ def _shared_options(command: F) -> F:
 @click.option(
     "--which-to-keep",
     type=click.Choice(["hard", "easy", "random"]),
-    default="hard",
-    show_default=True,
-    help="Prefer outliers, central rows, or none.",
+    help="Prefer outliers, central rows, or none. [default: hard; of clips the one of best quality stays]",
 )
 @click.option(
     "--rank-by", metavar="COLUMN:asc|desc,...", help="Prefer by columns, as in duration:desc,size_bytes:desc."
@@ -239,6 +259,7 @@ def _shared_options(command: F) -> F:
 @click.option("--report", is_flag=True, help="Write report.html at the end.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run in OUTPUT first.")
+@_media_options
 @_shared_options
 @_reports_errors
 def run(
@@ -255,14 +276,24 @@ def run(
     overwrite: bool,
     as_json: bool,
     verbose: bool,
+    which_to_keep: str | None,
+    frames: int,
+    encoder: str | None,
+    encoder_options: str | None,
+    pattern: str | None,
+    timeout: float,
     **options: Any,
 ) -> None:
     """Find near-duplicates among the rows of INPUT, and write the data set without them to OUTPUT.
 
-    INPUT is files, folders, globs or URLs (s3://...). Without --eps the run stops before the removal and shows what
-    each value would remove; `untwin apply` then does it.
+    INPUT is files, folders, globs or URLs (s3://...) of rows with embeddings. Without --eps the run stops before the
+    removal and shows what each value would remove; `untwin apply` then does it.
+
+    INPUT may be a folder of videos or images, too. They are embedded first, into OUTPUT/embeddings/, as by `untwin
+    embed`; then EPS defaults to what fits the encoder.
     """
     from untwin.backends import make_executor
+    from untwin.jobs.embed import EmbedParameters, with_embeddings
     from untwin.jobs.parameters import RunParameters, parse_bytes
     from untwin.jobs.run import prepare
 
@@ -275,9 +306,19 @@ def run(
         probes=_number_or_auto("--probes", probes),
         metadata_fields=tuple(name.strip() for name in metadata_fields.split(",") if name.strip()),
         storage_options=_storage_options(storage_options),
+        which_to_keep=which_to_keep or "hard",
         **options,
     )
     executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address)
+    embedding = EmbedParameters(frames, encoder, _encoder_options(encoder_options), pattern, timeout)
+    with _progress() as progress:
+        parameters, embedded = with_embeddings(
+            parameters, embedding, executor, progress, by_quality=which_to_keep is None, dry_run=dry_run
+        )
+    if embedded is not None:
+        click.echo("\n".join(_embedded_lines(embedded)), err=as_json)
+        if dry_run:
+            return
     prepared = prepare(parameters, executor, overwrite=overwrite)
     click.echo(prepared.summary, err=as_json)
     if dry_run:
@@ -431,6 +472,19 @@ def audit(
 
 
 @main.command()
+@click.argument("folder")
+@click.option("-v", "--verbose", is_flag=True, help="Say more, on stderr.")
+@_reports_errors
+def undo(folder: str, verbose: bool) -> None:
+    """Put back the files that `untwin apply --mode move` moved to FOLDER, where no other file is in their place."""
+    from untwin.jobs.act import undo as undo_job
+
+    with _progress() as progress:
+        count = undo_job(folder, progress=progress)
+    click.echo(f"{count:,} files put back")
+
+
+@main.command()
 @click.argument("output")
 @click.option("--group-by", metavar="COLUMN", help="Count duplicates for each value of this column.")
 @click.option("--media", metavar="FOLDER", help="Folder of the clips, for pictures of them.")
@@ -528,16 +582,67 @@ def tune(labels: str, precision: float, storage_options: str | None, as_json: bo
 
 
 @main.command()
-@click.argument("folder")
-@click.option("-v", "--verbose", is_flag=True, help="Say more, on stderr.")
+@click.argument("clips")
+@click.argument("output")
+@_media_options
+@_shared_options
 @_reports_errors
-def undo(folder: str, verbose: bool) -> None:
-    """Put back the files that `untwin apply --mode move` moved to FOLDER, where no other file is in their place."""
-    from untwin.jobs.act import undo as undo_job
+def embed(
+    clips: str,
+    output: str,
+    encoder_options: str | None,
+    storage_options: str | None,
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Compute a vector for each video and image below CLIPS, into OUTPUT/embeddings/.
+
+    Clips that were embedded before, in the same way, and have not changed are not decoded again. OUTPUT can be an INPUT
+    of `untwin run`, which embeds folders of media by itself.
+    """
+    from untwin.jobs.embed import embed as embed_job
 
     with _progress() as progress:
-        count = undo_job(folder, progress=progress)
-    click.echo(f"{count:,} files put back")
+        found = embed_job(
+            clips,
+            output,
+            encoder_options=_encoder_options(encoder_options),
+            storage_options=_storage_options(storage_options),
+            progress=progress,
+            **options,
+        )
+    click.echo(_as_json(found) if as_json else "\n".join(_embedded_lines(found)))
+
+
+def _encoder_options(text: str | None) -> dict[str, Any]:
+    """Parse --encoder-options: `size: 224, layout: nchw`, with or without braces, or a file."""
+    if text is None:
+        return {}
+    from untwin.media.encoder import parse_options
+
+    if text.startswith("@"):
+        try:
+            return parse_options(Path(text[1:]).read_text(encoding="utf-8"), text[1:])
+        except (OSError, UnicodeDecodeError) as error:
+            raise ParameterError(f"--encoder-options: {text[1:]} cannot be read ({error})") from None
+    return parse_options(text if text.lstrip().startswith("{") else f"{{{text}}}", "--encoder-options")
+
+
+def _embedded_lines(found: Embedded) -> list[str]:
+    lines = [
+        f"{found.n_clips:,} clips in {found.clips_path}: {found.n_embedded:,} with a vector"
+        + (f", {found.n_reused:,} of them from before" if found.n_reused else "")
+        + (f"; {found.n_rejected:,} without" if found.n_rejected else "")
+    ]
+    lines += [f"  {count:>8,}  {reason}" for reason, count in found.reasons[:5]]
+    if found.n_embedded > found.n_reused and found.seconds:
+        lines.append(
+            f"{found.seconds:,.1f} s, {(found.n_embedded - found.n_reused) / found.seconds:,.1f} clips a second, "
+            f"{found.seconds_of_video / found.seconds:,.0f} times as fast as they play; encoder {found.encoder.name}"
+        )
+    lines.append(f"The vectors: {found.path}")
+    return lines
 
 
 def _asks() -> bool:

@@ -20,6 +20,7 @@ _TEMPORARY = r"_tmp-[0-9a-f]{32}"
 _LISTS = ("kept.txt", "removed.txt", "remove.csv")
 """What `untwin apply` lists in the folder of an answer."""
 _OURS = re.compile(
+    r"embeddings/part-[0-9a-f]+\.parquet|_embed\.json|_embed/.*|rejected/clips-[0-9a-f]+\.parquet|"
     r"(?:eps=[^/]+/)?(?:"
     r"run\.json|report\.html|kept\.txt|removed\.txt|remove\.csv|_lock\.json|_done/(?:.*/)?[^/]+\.json|groups\.parquet|_plan/(?:plan\.json|listing\.parquet)|(?:_work|_audit)/.*|"
     r"kmeans/(?:_centroids\.npy|_work/.*|centroid=\d+/part-\d+\.parquet)|"
@@ -29,6 +30,12 @@ _OURS = re.compile(
     r"kept/(?:part-\d+(?:_\d+)?\.(?:parquet|jsonl|ndjson)|(?:img_emb|metadata)_\d+\.(?:npy|parquet)|_work/.*)|"
     rf"(?:[^/]+/)*{_TEMPORARY})"
 )
+
+
+EMBEDDED = "_embed.json"
+"""Says that there are embeddings, and how they were made."""
+_OF_EMBEDDINGS = re.compile(r"embeddings(?:/.*)?|_embed(?:/.*)?|_embed\.json|rejected/clips-.*")
+"""What embedding wrote before the run, which goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,8 @@ class OutputFolder:
     def foreign_names(self) -> list[str]:
         """Some of what lies in a folder without a plan, besides what a run leaves that was killed before its plan."""
         names = [name for name in self.storage.names(self.path) if name not in (LOCK, "_plan")]
+        if EMBEDDED in names:
+            names = [name for name in names if name != "rejected" and not _OF_EMBEDDINGS.fullmatch(name)]
         names += [f"_plan/{name}" for name in self.storage.names(self.file("_plan")) if name != "listing.parquet"]
         return [name for name in names if not re.fullmatch(_TEMPORARY, posixpath.basename(name))]
 
@@ -158,6 +167,8 @@ class OutputFolder:
             relative = file.path[len(self.path) :].strip("/")
             if relative.startswith("eps=") or relative in listed or relative in (LOCK, *_LISTS):
                 continue
+            if _OF_EMBEDDINGS.fullmatch(relative):
+                continue
             temporary = re.fullmatch(_TEMPORARY, posixpath.basename(relative))
             markers = relative.startswith(("_plan/", "_done/"))
             if temporary or (not markers and self._is_ours(relative, mirrored)):
@@ -186,7 +197,7 @@ class OutputFolder:
             )
 
     def clear(self) -> None:
-        """Remove an earlier run: exactly the files that untwin makes.
+        """Remove an earlier run: exactly the files that untwin makes. Embeddings of clips stay.
 
         Raises:
             OutputExistsError: There is a file that untwin did not make; nothing is removed then.
@@ -198,8 +209,13 @@ class OutputFolder:
         # what says that there is a result goes first, and what says that it is ours goes last
         names = self.storage.names(self.path)
         first = [name for name in ("run.json", "_done") if name in names]
-        for name in (*first, *(name for name in names if name not in (*first, "_plan", LOCK))):
-            self.storage.remove(self.file(name))
+        kept = "rejected" if EMBEDDED in names else ""
+        for name in (*first, *(name for name in names if name not in (*first, "_plan", LOCK, kept))):
+            if not _OF_EMBEDDINGS.fullmatch(name):
+                self.storage.remove(self.file(name))
+        for name in self.storage.names(self.file(kept)) if kept in names else []:
+            if not _OF_EMBEDDINGS.fullmatch(f"{kept}/{name}"):
+                self.storage.remove(self.file(kept, name))
         self.storage.remove(self.plan_path)
         self.storage.remove(self.file("_plan"))
 

@@ -54,6 +54,7 @@ class RunParameters:
         kept: `compact`, `mirror` or `none`.
         drop_intermediate: Remove `kmeans/` and `pairwise/` at the end.
         audit: Measure what was missed at the end; never changes the answer.
+        media: Folder of clips that the inputs are the embeddings of, in the output folder itself; None for others.
         report: Write the report at the end; never changes the answer.
         storage_options: For fsspec; never shown or written.
     """
@@ -80,6 +81,7 @@ class RunParameters:
     drop_intermediate: bool = False
     audit: bool = False
     report: bool = False
+    media: str | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -155,6 +157,7 @@ class RunParameters:
             "skip_bad_files": self.skip_bad_files,
             "kept": self.kept,
             "drop_intermediate": self.drop_intermediate,
+            "media": None if self.media is None else redact(self.media),
         }
 
 

@@ -16,7 +16,7 @@ from untwin.backends import make_executor
 from untwin.backends.base import Executor, Progress
 from untwin.backends.ledger import Ledger
 from untwin.errors import OutputExistsError, ParameterError, ResourceError
-from untwin.jobs.output import OutputFolder
+from untwin.jobs.output import EMBEDDED, OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
 from untwin.jobs.recall import choose_probes, measure_recall
 from untwin.jobs.record import (
@@ -205,6 +205,10 @@ class PreparedRun:
         record["borders"] = borders_record(outcome, probes, chosen)
         record["files"] = result_files(outcome, folder)
         record["files"]["rejected"] += write_skipped(self.listing, folder)
+        if parameters.media is not None:
+            record["media"] = folder.storage.read_json(folder.file(EMBEDDED))
+            names = folder.storage.names(folder.file("rejected"))
+            record["files"]["rejected"] += [f"rejected/{name}" for name in names if name.startswith("clips-")]
         record["seconds"] = round(time.perf_counter() - started, 3)
         folder.abort_uploads()
         if self.executor.n_lost:
@@ -403,9 +407,9 @@ def prepare(parameters: RunParameters, executor: Executor, *, overwrite: bool = 
     folder = OutputFolder(storage, normalize_path(parameters.output))
     folder.check_is_folder()
     check_unlocked(storage, folder.path)
-    excluded = [folder.path]
+    excluded = [] if parameters.media is not None else [folder.path]
     target = real_path(folder.path)
-    for path in parameters.inputs:
+    for path in parameters.inputs if parameters.media is None else ():
         given = normalize_path(path)
         real = real_path(given)
         if target.startswith(real.rstrip("/") + "/"):
@@ -455,7 +459,7 @@ def deduplicate(
     id_field: str = "id",
     embedding_field: str = "embedding",
     metadata_fields: Sequence[str] = (),
-    which_to_keep: str = "hard",
+    which_to_keep: str | None = None,
     rank_by: str | None = None,
     compare_to: str = "kept",
     pairwise_batch_size: int = 1024,
@@ -467,6 +471,11 @@ def deduplicate(
     kept: str = "compact",
     drop_intermediate: bool = False,
     audit: bool = False,
+    frames: int = 8,
+    encoder: str | None = None,
+    encoder_options: Mapping[str, Any] | None = None,
+    pattern: str | None = None,
+    timeout: float = 60.0,
     report: bool = False,
     memory: int | str | None = None,
     workers: int | None = None,
@@ -479,7 +488,9 @@ def deduplicate(
     """Find near-duplicates by their embeddings, and write the data set without them.
 
     Args:
-        input_path: Files, folders (searched recursively), globs or fsspec URLs.
+        input_path: Files, folders (searched recursively), globs or fsspec URLs; or a folder of videos or images, which
+            are embedded first, into `embeddings/` in the output: then eps defaults to what fits the encoder, and
+            `rank_by` to the best quality.
         output_path: Folder for everything that is written; see the README for what it holds.
         eps: A row is a duplicate when its cosine similarity to a kept row is at least 1 - eps. None stops before the
             removal: look at `eps_table()`, then call `untwin.apply`.
@@ -491,7 +502,7 @@ def deduplicate(
         id_field: Column of ids.
         embedding_field: Column of embeddings: lists of float16, float32 or float64.
         metadata_fields: Columns to carry into `kmeans/`.
-        which_to_keep: `hard` (outliers), `easy` (central rows) or `random`.
+        which_to_keep: `hard` (outliers; the default), `easy` (central rows) or `random`.
         rank_by: Keep by columns instead, as in `"duration:desc,size_bytes:desc"`.
         compare_to: `kept`: a row is removed only because of a row that stays; `ranked`: the original SemDeDup rule.
         pairwise_batch_size: Rows compared at a time; never changes the answer.
@@ -504,6 +515,11 @@ def deduplicate(
         kept: `compact` files of about 256 MB, `mirror` the input's files, or `none`.
         drop_intermediate: Remove `kmeans/` and `pairwise/` at the end.
         audit: Measure at the end what was missed at the borders of clusters, as `untwin.audit` does.
+        frames: Of each clip; this and the next four are for folders of media, as in `untwin.embed`.
+        encoder: An ONNX model; None for the built-in one.
+        encoder_options: What is to be known about it.
+        pattern: Only files whose name fits it.
+        timeout: Seconds for each clip.
         report: Write `report.html` at the end, as `untwin.write_report` does.
         memory: Budget, as bytes or as in "4GB"; default half of the memory of the machine or container; on a cluster
             of each machine.
@@ -537,7 +553,7 @@ def deduplicate(
         metadata_fields=(metadata_fields,)
         if isinstance(metadata_fields, str)
         else checks.texts("metadata_fields", metadata_fields),
-        which_to_keep=which_to_keep,
+        which_to_keep=which_to_keep or "hard",
         rank_by=rank_by,
         compare_to=compare_to,
         pairwise_batch_size=pairwise_batch_size,
@@ -553,6 +569,11 @@ def deduplicate(
         storage_options=dict(storage_options or {}),
     )
     executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address)
+    from untwin.jobs.embed import EmbedParameters, with_embeddings
+
+    embedding = EmbedParameters(frames, encoder, dict(encoder_options or {}), pattern, timeout)
+    by_quality = which_to_keep is None
+    parameters, _ = with_embeddings(parameters, embedding, executor, progress, by_quality=by_quality)
     return prepare(parameters, executor, overwrite=overwrite).execute(progress)
 
 
@@ -579,5 +600,6 @@ def parameters_of(run: Mapping[str, Any], storage_options: Mapping[str, Any]) ->
         skip_bad_files=saved.get("skip_bad_files", False),
         kept=saved["kept"],
         drop_intermediate=saved["drop_intermediate"],
+        media=saved.get("media"),
         storage_options=storage_options,
     )

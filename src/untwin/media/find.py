@@ -215,7 +215,7 @@ def list_media(storage: Storage, folder: str | os.PathLike[str], *, any_ending: 
     skip = len(os.fsencode(path.rstrip("/"))) + 1
     chunks: list[pa.RecordBatch] = []
     schema = pa.schema([("relative", pa.large_binary()), ("size", pa.int64()), ("version", pa.large_string())])
-    for files in _chunks(file for file in storage.walk(path) if any_ending or _is_media(file.path)):
+    for files in _chunks(file for file in storage.walk(path) if any_ending or is_media(file.path)):
         columns = [[os.fsencode(file.path)[skip:] for file in files], [file.size for file in files]]
         columns.append([file.version for file in files])
         arrays = [pa.array(values, kind) for values, kind in zip(columns, schema.types, strict=True)]
@@ -232,7 +232,8 @@ def shown(value: object) -> str:
     return line if len(text) <= _SHOWN else line[:_SHOWN] + "…"
 
 
-def _is_media(path: str) -> bool:
+def is_media(path: str) -> bool:
+    """Whether a file is a video or an image, by its ending."""
     return posixpath.splitext(path)[1].lower() in _MEDIA
 
 

@@ -79,40 +79,61 @@ def map_media(
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers < 1 or not timeout > 0 or memory < 1:
         raise ParameterError(f"workers={workers}, timeout={timeout}, memory={memory}: each must be more than 0")
-    return _results(function, items, workers, timeout, memory)
+    return _once(MediaWorkers(function, workers=workers, timeout=timeout, memory=memory), items)
 
 
-def _results(
-    function: Callable[[S], T], items: Iterable[S], workers: int, timeout: float, memory: int
-) -> Iterator[Result[T] | Problem]:
-    processes = [_Process(function, timeout, memory) for _ in range(workers)]
-    idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
-    for process in processes:
-        idle.put(process)
+def _once(workers: MediaWorkers[S, T], items: Iterable[S]) -> Iterator[Result[T] | Problem]:
+    with contextlib.closing(workers):
+        yield from workers.map(items)
 
-    def do(item: S) -> Result[T] | Problem:
-        process = idle.get()
+
+class MediaWorkers(Generic[S, T]):
+    """Processes that call a function for items; see `map_media`. They live until `close`."""
+
+    def __init__(self, function: Callable[[S], T], *, workers: int, timeout: float, memory: int) -> None:
+        self._processes = [_Process(function, timeout, memory) for _ in range(workers)]
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
+
+    def map(self, items: Iterable[S]) -> Iterator[Result[T] | Problem]:
+        """A result or a problem for each item, in their order."""
+        workers = len(self._processes)
+        pending: deque[Future[Result[T] | Problem]] = deque()
+        pool = ThreadPoolExecutor(workers, "untwin-media")
+        done = False
+        try:
+            for item in items:
+                pending.append(pool.submit(self._do, item))
+                if len(pending) >= _AHEAD * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+            done = True
+        finally:
+            if not done:
+                self._end()
+            pool.shutdown(cancel_futures=True)
+            if not done:
+                self.close()
+
+    def _do(self, item: S) -> Result[T] | Problem:
+        process = self._idle.get()
         try:
             result: Result[T] | Problem = process.do(item)
             return result
         finally:
-            idle.put(process)
+            self._idle.put(process)
 
-    pending: deque[Future[Result[T] | Problem]] = deque()
-    pool = ThreadPoolExecutor(workers, "untwin-media")
-    try:
-        for item in items:
-            pending.append(pool.submit(do, item))
-            if len(pending) >= _AHEAD * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for process in processes:
-            process.end()
-        pool.shutdown(cancel_futures=True)
-        for process in processes:
+    def close(self) -> None:
+        """End the processes, and let go of them."""
+        self._end()
+        for process in self._processes:
             process.close()
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.end()
 
 
 class _Process:
