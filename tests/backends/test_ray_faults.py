@@ -241,7 +241,9 @@ def _fail(task, context, folder, kind):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize(
+    "kind", ["untwin", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ERRORS if kind != "untwin")]
+)
 def test_an_error_arrives_unchanged_and_the_other_units_stop(cluster, tmp_path, kind):
     error = ERRORS[kind]
     expected = RuntimeError if kind == "stays" else type(error)
@@ -316,7 +318,7 @@ def test_what_ray_says_of_a_lost_worker_is_not_mixed_with_the_result(cluster, so
     assert "its worker was lost" in text
 
 
-@pytest.mark.parametrize("where", ["cluster", "own"])
+@pytest.mark.parametrize("where", [pytest.param("cluster", marks=pytest.mark.slow), "own"])
 def test_an_interrupt_ends_the_run_and_any_backend_goes_on(cluster, source, tmp_path, marks, undisturbed, where):
     out = tmp_path / "out"
     chain = "gather.pairwise.select-duplicates" if where == "cluster" else "assign"

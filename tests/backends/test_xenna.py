@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from conformance import OPTIONS, REFERENCE, Conformance, Counted, expected, source  # noqa: F401 - fixtures
+from conformance import OPTIONS, REFERENCE, RUNS, Conformance, Counted, expected, source  # noqa: F401 - fixtures
 from test_ray_conformance import ray_of_this_process  # noqa: F401 - fixture
 
 from inputs import Answer, table_of, write_split
@@ -67,6 +67,13 @@ def assert_no_workers_are_left():
 class TestXenna(Conformance):
     options: ClassVar = {"backend": "xenna", "workers": 2}
     executor = staticmethod(lambda: make_executor("xenna", 2))
+
+    @pytest.mark.parametrize(
+        "name",
+        [pytest.param(name, marks=[pytest.mark.slow] * (name in ("probes chosen", "scores only"))) for name in RUNS],
+    )
+    def test_the_answer_is_that_of_one_thread(self, source, expected, tmp_path, name):  # noqa: F811 - fixtures
+        super().test_the_answer_is_that_of_one_thread(source, expected, tmp_path, name)
 
     def test_a_users_mistake_arrives_as_it_is(self, tmp_path):
         super().test_a_users_mistake_arrives_as_it_is(tmp_path)
