@@ -151,6 +151,10 @@ class EmbedStage(Stage):
         """A decoding process, and its pictures."""
         return _PROCESS_BYTES + _FRAME_BYTES
 
+    def minimum_memory(self, task: EmbedTask) -> int:
+        """The pictures: the interpreter and its libraries come on top of every budget."""
+        return _FRAME_BYTES
+
     def process(self, task: EmbedTask, context: Context) -> EmbeddedTask:
         """Embed some clips, and write them."""
         clips = read_clips(self._target, self._clips, task.first, task.end)

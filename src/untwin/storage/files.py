@@ -353,13 +353,19 @@ class Storage:
                 continue
             seen.add((status.st_dev, status.st_ino))
             linked: list[str] = []
-            with os.scandir(current) as entries_here:
+            files: list[FoundFile] = []
+            with self._explained(current), os.scandir(current) as entries_here:
                 for entry in entries_here:
-                    if entry.is_dir():
-                        (linked if entry.is_symlink() else folders).append(entry.path)
-                    elif entry.is_file():
-                        info = entry.stat()
-                        yield FoundFile(entry.path, info.st_size, str(info.st_mtime_ns))
+                    try:
+                        if entry.is_dir():
+                            (linked if entry.is_symlink() else folders).append(entry.path)
+                        elif entry.is_file():
+                            info = entry.stat()
+                            files.append(FoundFile(entry.path, info.st_size, str(info.st_mtime_ns)))
+                    except OSError as error:
+                        if error.errno not in (errno.ENOENT, errno.ELOOP):  # gone meanwhile, or a link to itself
+                            raise
+            yield from files
             links.extend(sorted(linked))
 
     def glob(self, pattern: str) -> list[str]:
