@@ -159,8 +159,8 @@ def prepare_apply(
         raise ParameterError(f"group_by is {group_by!r} without max_removed; give the share that each group may lose")
     if mode not in ON_MEDIA and (media is not None or path_field is not None or skip_missing):
         raise ParameterError(
-            f"media, path_field and skip_missing say where media are, but mode {mode!r} does not look at them; leave "
-            "them out"
+            f"--media, --path-field and --skip-missing say where media are, but mode {mode!r} does not look at them; "
+            "leave them out"
         )
     place = normalize_path(os.fspath(to)) if to else None
     run_folder = OutputFolder(storage, normalize_path(os.fspath(output_path)))
