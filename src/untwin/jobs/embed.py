@@ -86,6 +86,8 @@ class EmbedParameters:
         """The encoder, loaded and checked, and the number of frames."""
         require()
         encoder = load_encoder(self.encoder, self.encoder_options)
+        if self.encoder is not None:  # what does not work is told before the clips are looked at
+            encoder.encode(np.zeros((encoder.frames or 1, *encoder.size, 3), np.uint8))
         return Recipe(encoder, encoder.frames or self.frames)
 
 
