@@ -125,6 +125,7 @@ def test_an_output_inside_the_clips_is_not_taken_for_input(clips):
     assert len(ids_of(out / "embeddings")) == 4
 
 
+@pytest.mark.slow
 def test_a_small_memory_budget_embeds_clip_by_clip(clips, tmp_path):
     embed(clips, tmp_path / "out", memory="300MB")
     embed(clips, tmp_path / "more", memory="4GB")
@@ -152,6 +153,7 @@ def test_a_missing_package_names_the_extra(clips, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_decoder_that_crashes_hangs_or_eats_memory_costs_its_clip_only(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(embed_stage, "embed_clip", media.hostile.embed_or_misbehave)
     for what in ("crash", "sleep", "allocate", "leave"):
