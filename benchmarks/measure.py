@@ -26,7 +26,7 @@ from typing import Any
 REMOVED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 UNTWIN = (sys.executable, "-m", "untwin")
 _POLL_SECONDS = 0.05
-_PACKAGES = ("untwin", "numpy", "pyarrow", "faiss-cpu", "torch", "scikit-learn", "semhash")
+_PACKAGES = ("untwin", "numpy", "pyarrow", "av", "onnxruntime", "faiss-cpu", "torch", "scikit-learn", "semhash")
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,10 @@ def _what_is_left(kwargs: dict[str, Any]) -> str:
     if command == "undo" or kwargs.get("mode", "parquet") != "parquet":
         return "no file was overwritten or lost; the same command goes on where this one stopped"
     paths = kwargs.get("paths")
-    answer = kwargs.get("to") or f"{kwargs.get('output', '').rstrip('/')}/eps={kwargs['eps']!r}"
-    folder = paths[-1] if paths else answer
+    if command == "embed":
+        folder = kwargs["output"]
+    else:
+        folder = paths[-1] if paths else kwargs.get("to") or f"{kwargs['output'].rstrip('/')}/eps={kwargs['eps']!r}"
     if "://" not in folder:
         if not Path(folder).exists():
             return "the input is untouched, and nothing was written"
@@ -316,7 +318,7 @@ def run(
             parameters, embedding, executor, progress, by_quality=which_to_keep is None, dry_run=dry_run
         )
     if embedded is not None:
-        click.echo("\n".join(_embedded_lines(embedded)), err=as_json)
+        click.echo("\n".join(_embedded_lines(embedded, dry_run=dry_run)), err=as_json)
         if dry_run:
             return
     prepared = prepare(parameters, executor, overwrite=overwrite)
@@ -360,7 +362,11 @@ def run(
     type=click.Choice(["compact", "mirror", "none"]),
     help="As in run, for parquet. [default: as the run had it]",
 )
-@click.option("--media", metavar="FOLDER", help="Where the media are, found by id: ID.mp4, ID/CAMERA.mp4, or a path.")
+@click.option(
+    "--media",
+    metavar="FOLDER",
+    help="Where the media are, found by id: ID.mp4, ID/CAMERA.mp4, or a path. [default: the clips of the run]",
+)
 @click.option(
     "--path-field", metavar="COLUMN", help="Find media by this column of paths, relative to --media, or absolute."
 )
@@ -394,7 +400,7 @@ def apply(
     Media are never deleted, and nothing is overwritten. `untwin undo` puts back what was moved.
     """
     from untwin.backends import make_executor
-    from untwin.jobs.act import ON_FILES, media_of
+    from untwin.jobs.act import ON_FILES
     from untwin.jobs.apply import prepare_apply
     from untwin.jobs.parameters import parse_bytes
     from untwin.storage.files import Storage
@@ -409,7 +415,9 @@ def apply(
             output,
             eps=eps,
             mode=mode,
-            media=media_of(media, path_field, skip_missing),
+            media=media,
+            path_field=path_field,
+            skip_missing=skip_missing,
             executor=make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address),
             storage=Storage(_storage_options(storage_options)),
             progress=progress,
@@ -487,7 +495,7 @@ def undo(folder: str, verbose: bool) -> None:
 @main.command()
 @click.argument("output")
 @click.option("--group-by", metavar="COLUMN", help="Count duplicates for each value of this column.")
-@click.option("--media", metavar="FOLDER", help="Folder of the clips, for pictures of them.")
+@click.option("--media", metavar="FOLDER", help="Where the clips are, for pictures. [default: those of the run]")
 @click.option("--open", "open_page", is_flag=True, help="Show the page in the browser.")
 @_storage_option
 @_verbose_option
@@ -629,7 +637,9 @@ def _encoder_options(text: str | None) -> dict[str, Any]:
     return parse_options(text if text.lstrip().startswith("{") else f"{{{text}}}", "--encoder-options")
 
 
-def _embedded_lines(found: Embedded) -> list[str]:
+def _embedded_lines(found: Embedded, *, dry_run: bool = False) -> list[str]:
+    if dry_run:
+        return [f"{found.n_clips:,} clips in {found.clips_path}, to be embedded with {found.encoder.name}"]
     lines = [
         f"{found.n_clips:,} clips in {found.clips_path}: {found.n_embedded:,} with a vector"
         + (f", {found.n_reused:,} of them from before" if found.n_reused else "")
@@ -874,6 +884,7 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
             else []
         ),
         f"rejected    {result.n_rejected:>14,}",
+        *_clips_line(result.run.get("media")),
         *[f"  {reason}: {count:,}" for reason, count in rows["rejected_reasons"].items()],
         *([f"skipped     {result.n_skipped_files:>14,}  files that cannot be read"] if result.n_skipped_files else []),
         *_probes_line(result.run.get("borders")),
@@ -906,6 +917,12 @@ def _show(result: RunResult, as_json: bool, verbose: bool) -> None:
             f"Another threshold: untwin apply {shlex.quote(origin)} --eps VALUE",
         ]
     click.echo("\n".join(lines))
+
+
+def _clips_line(media: dict[str, Any] | None) -> list[str]:
+    if media is None or not media["n_rejected"]:
+        return []
+    return [f"            {media['n_rejected']:>14,}  more of the {media['n_clips']:,} clips gave no vector"]
 
 
 def _probes_line(borders: dict[str, Any] | None) -> list[str]:

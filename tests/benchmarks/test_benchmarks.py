@@ -105,3 +105,17 @@ def test_the_most_similar_row_of_a_label_is_that_of_brute_force(monkeypatch):
         expected = np.where(labels[:, None] == labels, products, -1).max(axis=1)[sample]
         np.testing.assert_allclose(row, np.where(expected >= np.float32(0.8), expected, -1), atol=1e-6)
     assert 0 < (found[1] > 0).sum() < (found[0] > 0).sum()
+
+
+def test_the_baseline_of_embedding_decodes_and_encodes_the_same_frames(tmp_path):
+    pytest.importorskip("av")
+    import embed
+    from media.films import film, picture
+    from untwin.media.decode import frames
+    from untwin.media.encoder import load_encoder
+
+    path = film(tmp_path / "film.mp4", "libx264", [picture(number, 1280, 720) for number in range(20)])
+    encoder = load_encoder()
+    ours = frames(path, 8, size=(56, 56), fit=encoder.resize).frames
+    assert np.array_equal(embed._bare_frames(path, 56, 56), ours)
+    np.testing.assert_allclose(embed._bare_vector(path, encoder.path), encoder.encode(ours), atol=1e-6)

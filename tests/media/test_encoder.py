@@ -6,6 +6,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from untwin.errors import ParameterError
+from untwin.jobs.embed import EmbedParameters
 from untwin.media.encoder import load_encoder
 
 FRAMES = np.random.default_rng(3).integers(0, 256, (5, 6, 8, 3), np.uint8)
@@ -60,6 +61,13 @@ def test_more_frames_than_a_batch_and_a_batch_give_the_same(tmp_path):
     encoder = load_encoder(model(tmp_path / "m.onnx", ["n", 6, 8, 3], [1, 2], kind=TensorProto.UINT8))
     many = np.concatenate([FRAMES] * 4)
     assert encoder.encode(many) == pytest.approx(encoder.encode(FRAMES), abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 16])
+def test_a_model_that_takes_batches_of_one_size_only_gives_the_same(tmp_path, size):
+    any_size = load_encoder(model(tmp_path / "any.onnx", ["n", 6, 8, 3], [1, 2], kind=TensorProto.UINT8))
+    fixed = load_encoder(model(tmp_path / "fixed.onnx", [size, 6, 8, 3], [1, 2], kind=TensorProto.UINT8))
+    assert fixed.encode(FRAMES) == pytest.approx(any_size.encode(FRAMES), abs=1e-6)
 
 
 def test_pixels_are_scaled_as_the_yaml_file_beside_the_model_says_and_options_come_first(tmp_path):
@@ -147,3 +155,10 @@ def test_files_that_are_no_models_are_told(tmp_path):
         load_encoder(path)
     with pytest.raises(ParameterError, match="without an encoder"):
         load_encoder(None, {"size": 224})
+
+
+def test_a_model_whose_output_is_no_vector_is_refused_before_any_clip_is_decoded(tmp_path):
+    path = model(tmp_path / "map.onnx", ["n", 6, 8, 3], [1], kind=TensorProto.UINT8)
+    with pytest.raises(ParameterError, match=r"has the shape \(1, 8, 3\).*choose another output, or pooling"):
+        EmbedParameters(encoder=path).recipe()
+    assert EmbedParameters(encoder=path, encoder_options={"pooling": "mean"}).recipe().frames == 8

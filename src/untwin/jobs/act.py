@@ -68,15 +68,6 @@ class Media:
     skip_missing: bool = False
 
 
-def media_of(folder: str | os.PathLike[str] | None, path_field: str | None, skip_missing: bool) -> Media | None:
-    """What a user says of media; ParameterError if it is said how to find them, but not where."""
-    if folder is not None:
-        return Media(os.fspath(folder), path_field, skip_missing)
-    if path_field is not None or skip_missing:
-        raise ParameterError("path_field and skip_missing say how media are found; give their folder with --media")
-    return None
-
-
 @dataclass(frozen=True)
 class Plan:
     """What is to be done.

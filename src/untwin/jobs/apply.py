@@ -15,7 +15,7 @@ from untwin.backends.base import Executor, Progress
 from untwin.backends.ledger import Ledger
 from untwin.core import threshold
 from untwin.errors import OutputExistsError, ParameterError, ResultMismatchError
-from untwin.jobs.act import MODES, ON_MEDIA, Media, Plan, media_of, plan_files, plan_list, plan_manifest
+from untwin.jobs.act import MODES, ON_MEDIA, Media, Plan, plan_files, plan_list, plan_manifest
 from untwin.jobs.decisions import Decisions, parse_share
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
@@ -94,7 +94,7 @@ def apply(
             their files; default: that of the answer. For `link` and `copy` the folder for the media; for `move` too,
             default: beside the media, with `-duplicates` added to its name.
         kept: For `parquet`: `compact`, `mirror` or `none`; default: as in the run.
-        media: Folder of the media.
+        media: Folder of the media; default: the clips that the run was made of.
         path_field: Column of the input with their paths, relative to `media` or absolute; default: found by id.
         skip_missing: Go on although some rows have no file.
         max_removed: Largest share of the compared rows that may be removed, as `"15%"` or 0.15; else nothing is done.
@@ -119,7 +119,9 @@ def apply(
         mode=mode,
         to=to,
         kept=kept,
-        media=media_of(media, path_field, skip_missing),
+        media=media,
+        path_field=path_field,
+        skip_missing=skip_missing,
         max_removed=max_removed,
         group_by=group_by,
         executor=make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address),
@@ -136,7 +138,9 @@ def prepare_apply(
     mode: str,
     to: str | os.PathLike[str] | None,
     kept: str | None,
-    media: Media | None,
+    media: str | os.PathLike[str] | None,
+    path_field: str | None,
+    skip_missing: bool,
     max_removed: str | float | None,
     group_by: str | None,
     executor: Executor,
@@ -153,13 +157,17 @@ def prepare_apply(
     limit = parse_share("max_removed", max_removed)
     if group_by is not None and limit is None:
         raise ParameterError(f"group_by is {group_by!r} without max_removed; give the share that each group may lose")
-    if media is None and mode in ON_MEDIA:
-        raise ParameterError(f"mode is {mode!r} without media; give their folder with --media")
-    if media is not None and mode not in ON_MEDIA:
-        raise ParameterError(f"media are given, but mode {mode!r} does not look at them; leave --media out")
+    if mode not in ON_MEDIA and (media is not None or path_field is not None or skip_missing):
+        raise ParameterError(
+            f"--media, --path-field and --skip-missing say where media are, but mode {mode!r} does not look at them; "
+            "leave them out"
+        )
     place = normalize_path(os.fspath(to)) if to else None
     run_folder = OutputFolder(storage, normalize_path(os.fspath(output_path)))
     run = run_folder.require_run()
+    media = media or run["parameters"].get("media")
+    if media is None and mode in ON_MEDIA:
+        raise ParameterError(f"mode is {mode!r} without media; give their folder with --media")
     wanted = (kept or run["parameters"]["kept"]) if mode == "parquet" else "none"
     # what --max-removed stops must not be written before
     first = wanted if limit is None and not dry_run else "none"
@@ -177,9 +185,10 @@ def prepare_apply(
     if mode == "list":
         return Application(answer, plan_list(decisions, place or answer.output_path))
     assert media is not None
+    files = Media(os.fspath(media), path_field, skip_missing)
     if mode == "manifest":
-        return Application(answer, plan_manifest(decisions, media, place or answer.output_path))
-    return Application(answer, plan_files(decisions, mode, media, place))
+        return Application(answer, plan_manifest(decisions, files, place or answer.output_path))
+    return Application(answer, plan_files(decisions, mode, files, place))
 
 
 def _find_answer(

@@ -48,6 +48,8 @@ from untwin.storage.lock import LOCK, locked
 EMBEDDINGS = "embeddings"
 BEST_QUALITY = "height:desc,bitrate:desc,duration_s:desc"
 """Of clips that are nearly the same the best one stays, if nothing else is said."""
+_MAGIC = re.compile(r"[*?\[]")
+_CHOOSE = "give that folder, and --pattern '*.mp4' to choose among its files"
 _WORK = "_embed"
 _SHOWN_REASONS = 3
 _IDENTITY = ("id", "path", "version")
@@ -84,6 +86,8 @@ class EmbedParameters:
         """The encoder, loaded and checked, and the number of frames."""
         require()
         encoder = load_encoder(self.encoder, self.encoder_options)
+        if self.encoder is not None:  # what does not work is told before the clips are looked at
+            encoder.encode(np.zeros((encoder.frames or 1, *encoder.size, 3), np.uint8))
         return Recipe(encoder, encoder.frames or self.frames)
 
 
@@ -176,9 +180,13 @@ def embed_into(
     storage = folder.storage
     folder.check_is_folder()
     _check_same(folder, recipe)
+    if is_media(clips_path) and not storage.is_folder(clips_path):
+        raise ParameterError(f"{redact(clips_path)}: media are given as the folder that they lie in; {_CHOOSE}")
     clips = executor.call(_list_clips, storage, clips_path, parameters.pattern, folder.path)
     if dry_run:
-        return Embedded(folder.file(EMBEDDINGS), clips_path, recipe.encoder, clips.num_rows, 0, 0, 0, 0.0, 0.0, ())
+        return Embedded(
+            folder.file(EMBEDDINGS), redact(clips_path), recipe.encoder, clips.num_rows, 0, 0, 0, 0.0, 0.0, ()
+        )
     with locked(storage, folder.path):
         storage.write_json(folder.file(EMBEDDED), {**recipe.described(), "clips": redact(clips_path)})
         left = _tidy(folder, clips)
@@ -208,7 +216,7 @@ def embed_into(
         n_new = sum(task.n_embedded for task in found)
         result = Embedded(
             path=folder.file(EMBEDDINGS),
-            clips_path=clips_path,
+            clips_path=redact(clips_path),
             encoder=recipe.encoder,
             n_clips=clips.num_rows,
             n_embedded=n_done + n_new,
@@ -253,7 +261,9 @@ def with_embeddings(
         given, and None, for any other input.
     """
     storage = Storage(parameters.storage_options)
-    if parameters.input_filetype != "parquet" or not executor.call(holds_media, storage, parameters.inputs):
+    if parameters.input_filetype != "parquet" or not executor.call(
+        holds_media, storage, parameters.inputs, normalize_path(parameters.output)
+    ):
         if embedding != EmbedParameters():
             raise ParameterError(
                 f"{redact(parameters.inputs[0])}: is no folder of videos or images, so frames, encoder, pattern and "
@@ -276,18 +286,30 @@ def with_embeddings(
     return dataclasses.replace(parameters, inputs=(found.path,), media=media, eps=eps, rank_by=rank_by), found
 
 
-def holds_media(storage: Storage, inputs: Sequence[str]) -> bool:
-    """Whether an input is a folder with media files, and without tables."""
-    if len(inputs) != 1:
-        return False
-    path = normalize_path(inputs[0])
-    if any(character in path for character in "*?[") or not storage.is_folder(path):
-        return False
+def holds_media(storage: Storage, inputs: Sequence[str], output: str) -> bool:
+    """Whether the input is a folder with media files, and without tables; what lies in the output does not count.
+
+    Raises:
+        ParameterError: It is media in another form.
+    """
+    paths = [normalize_path(path) for path in inputs]
+    file = next((path for path in paths if is_media(path) and not storage.is_folder(path)), None)
+    if file is not None:
+        raise ParameterError(f"{redact(file)}: media are given as the folder that they lie in; {_CHOOSE}")
+    found = [path for path in paths if not _MAGIC.search(path) and storage.is_folder(path)]
+    media = [path for path in found if _has_media_only(storage, path, output.rstrip("/") + "/")]
+    if media and len(paths) > 1:
+        raise ParameterError(f"{redact(media[0])}: holds media, and these come from one folder; {_CHOOSE}")
+    return bool(media)
+
+
+def _has_media_only(storage: Storage, folder: str, output: str) -> bool:
     media = False
-    for file in storage.walk(path):
-        if file.path.endswith(".parquet"):
-            return False
-        media = media or is_media(file.path)
+    for file in storage.walk(folder):
+        if not file.path.startswith(output):
+            if file.path.endswith(".parquet"):
+                return False
+            media = media or is_media(file.path)
     return media
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import importlib
 import importlib.util
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from untwin.backends.base import NoProgress, Progress
-from untwin.errors import MissingExtraError
+from untwin.errors import MissingExtraError, UntwinError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters
 from untwin.jobs.pictures import open_media, pictures
@@ -81,6 +82,7 @@ def write_report(
         output_path: Output folder of a finished run, or of `untwin.apply`.
         group_by: Count duplicates for each value of this column of the input.
         media: Folder of the clips, local or a URL; rows are shown with pictures of their files, found by id.
+            Default: for a run on a folder of clips that folder, if it can be read.
         storage_options: For fsspec.
         progress: Gets told how far the work is.
 
@@ -145,7 +147,7 @@ def collect_report(
     Args:
         folder: The run.
         group_by: Column to count duplicates by.
-        media: Folder of the clips.
+        media: Folder of the clips; default: as in `write_report`.
         progress: Gets told how far the work is.
 
     Raises:
@@ -154,6 +156,9 @@ def collect_report(
     found = None if media is None else open_media(folder.storage, media)
     source = Finished.open(folder)
     run, parameters = source.run, source.run["parameters"]
+    if media is None and parameters.get("media") is not None:
+        with contextlib.suppress(UntwinError):  # it may be elsewhere by now, or without the extra
+            found = open_media(folder.storage, parameters["media"])
     eps: float | None = parameters["eps"]
     wanted = find_columns(source, group_by)
     steps = slider_steps(eps, probes_of(run))

@@ -41,6 +41,8 @@ _SOUNDS = "mp3,wav,w64,flac,aac,ac3,eac3,aiff,caf,au,amr,ape,wv,dts,loas,tta"
 _OPEN = {"format_whitelist": f"{_FILMS},{_IMAGES},{_SOUNDS}", "protocol_whitelist": "none"}
 """Without playlists and scripts, which name other files: a file of somebody else must not choose what is opened."""
 _HEAD_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 20
+"""Of a remote file at a time: what is between the wanted frames need not be read."""
 _MOST_WEBP_BYTES = 64 << 20
 _LOOK_AHEAD = 40
 """Packets; decoders reorder at most 16 frames."""
@@ -145,7 +147,7 @@ def frames(
     if not isinstance(file, str):
         return _explained(getattr(file, "name", "a file"), file, count, box, fit)
     try:
-        source = (storage or Storage()).open(file)
+        source = (storage or Storage()).open(file, block_size=_BLOCK_BYTES)
     except FileNotFoundError as error:
         raise MediaError(redact(file), "is not there") from error
     except UntwinError:

@@ -88,13 +88,16 @@ class Encoder:
             x = ((frames.astype(np.float32) / np.float32(self.scale)) - mean) / std
             if wanted.type == "tensor(float16)":
                 x = x.astype(np.float16)
-        batches = [x[None]] if self.of_videos else [x[start : start + _BATCH] for start in range(0, len(x), _BATCH)]
+        fixed = isinstance(wanted.shape[0], int)  # as models are that were exported without axes of any length
+        size = wanted.shape[0] if fixed else _BATCH
+        batches = [x[None]] if self.of_videos else [x[start : start + size] for start in range(0, len(x), size)]
         axes = _axes(self.layout)
+        vectors = []
         try:
-            vectors = [
-                session.run([self.output_name], {wanted.name: np.ascontiguousarray(batch.transpose(axes))})[0]
-                for batch in batches
-            ]
+            for batch in batches:
+                full = batch[np.arange(size) % len(batch)] if fixed else batch
+                (found,) = session.run([self.output_name], {wanted.name: np.ascontiguousarray(full.transpose(axes))})
+                vectors.append(found[: len(batch)])
         except Exception as error:  # the runtime has classes of its own for each kind, none of which is public
             raise ParameterError(
                 f"{self.path}: the encoder refuses frames of {frames.shape[1]} x {frames.shape[2]} pixels in the "

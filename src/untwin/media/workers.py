@@ -163,6 +163,8 @@ class _Process:
         except (EOFError, OSError):
             reason = ""
         status = self.close()
+        if self._over:  # it was ended in the middle, which says nothing about the item
+            raise EOFError
         return Problem(reason or self._why(status))
 
     def _why(self, status: int) -> str:

@@ -139,8 +139,8 @@ class EmbedStage(Stage):
         return self._target, self._output_path
 
     def units(self, upstream: Upstream) -> Sequence[EmbedTask]:
-        """Runs of clips: 256, or fewer where there are few, so that several units are at work."""
-        size = min(256, max(4, self._n_clips // 64))
+        """Runs of clips: 256, or fewer where there are few, so that no thread waits long for the last one."""
+        size = min(256, max(1, self._n_clips // 64))
         starts = range(0, self._n_clips, size)
         ends = [min(start + size, self._n_clips) for start in starts]
         return [
@@ -150,6 +150,10 @@ class EmbedStage(Stage):
     def memory(self, task: EmbedTask) -> int:
         """A decoding process, and its pictures."""
         return _PROCESS_BYTES + _FRAME_BYTES
+
+    def minimum_memory(self, task: EmbedTask) -> int:
+        """The pictures: the interpreter and its libraries come on top of every budget."""
+        return _FRAME_BYTES
 
     def process(self, task: EmbedTask, context: Context) -> EmbeddedTask:
         """Embed some clips, and write them."""

@@ -263,6 +263,8 @@ class Storage:
                 ) from error
             if is_remote(path) and _is_clients(error):
                 raise self._unusable(path, error) from self._shown(error)
+            if error.errno == errno.EROFS:
+                raise StorageError(f"{redact(path)}: cannot be written, the file system is read-only") from error
             raise
         except Exception as error:
             if _is_clients(error):
@@ -353,13 +355,19 @@ class Storage:
                 continue
             seen.add((status.st_dev, status.st_ino))
             linked: list[str] = []
-            with os.scandir(current) as entries_here:
+            files: list[FoundFile] = []
+            with self._explained(current), os.scandir(current) as entries_here:
                 for entry in entries_here:
-                    if entry.is_dir():
-                        (linked if entry.is_symlink() else folders).append(entry.path)
-                    elif entry.is_file():
-                        info = entry.stat()
-                        yield FoundFile(entry.path, info.st_size, str(info.st_mtime_ns))
+                    try:
+                        if entry.is_dir():
+                            (linked if entry.is_symlink() else folders).append(entry.path)
+                        elif entry.is_file():
+                            info = entry.stat()
+                            files.append(FoundFile(entry.path, info.st_size, str(info.st_mtime_ns)))
+                    except OSError as error:
+                        if error.errno not in (errno.ENOENT, errno.ELOOP):  # gone meanwhile, or a link to itself
+                            raise
+            yield from files
             links.extend(sorted(linked))
 
     def glob(self, pattern: str) -> list[str]:
@@ -379,12 +387,13 @@ class Storage:
         with self._explained(path):
             return _found(path, self._fs(path).info(path))
 
-    def open(self, path: str, size: int | None = None) -> pa.NativeFile:
+    def open(self, path: str, size: int | None = None, *, block_size: int | None = None) -> pa.NativeFile:
         """Open a file for reading at any position.
 
         Args:
             path: The file.
             size: Its bytes, if they are known: a small remote file then takes one request instead of two.
+            block_size: Bytes that a request for a part of a large remote file asks for at least; None: 50 MB on S3.
         """
         if not is_remote(path):
             source = pa.OSFile(path, "rb")
@@ -399,7 +408,7 @@ class Storage:
             if size <= _WHOLE_READ_BYTES:
                 # with a range: s3fs reads it in one request, and asks again when the answer is cut off
                 return pa.BufferReader(fs.cat_file(path, start=0, end=size) if size else b"")
-            return pa.PythonFile(_RemoteSource(self, path, fs.open(path, "rb")), mode="r")
+            return pa.PythonFile(_RemoteSource(self, path, fs.open(path, "rb", block_size)), mode="r")
 
     def read_bytes(self, path: str) -> bytes:
         """Read a whole small file."""

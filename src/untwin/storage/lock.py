@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from untwin.errors import OutputInUseError, UntwinError
+from untwin.errors import OutputInUseError, StorageError, UntwinError
 from untwin.storage.files import Storage, is_remote, join, redact
 
 LOCK = "_lock.json"
@@ -91,7 +91,10 @@ def _guarded(folder: str) -> Iterator[None]:
     """Let one process at a time of this machine look at the lock and take it."""
     import fcntl
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be made ({error.strerror}); choose another output folder") from error
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems know no such locks
