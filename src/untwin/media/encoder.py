@@ -18,7 +18,8 @@ from untwin.media.decode import Fit
 if TYPE_CHECKING:
     import onnxruntime
 
-_BUILT_IN = Path(__file__).parent / "encoders" / "efficientnet-lite0.onnx"
+BUILT_IN = "efficientnet-lite0"
+"""In the place of a path: the model lies elsewhere on another machine."""
 _LAYOUTS = ("nhwc", "nchw", "nthwc", "ntchw", "ncthw")
 _POOLINGS = ("none", "mean", "first")
 _RESIZES = ("stretch", "crop")
@@ -30,7 +31,7 @@ class Encoder:
     """A model file, and how it wants its input.
 
     Attributes:
-        path: The ONNX file.
+        path: The ONNX file, or the name of the built-in one.
         digest: SHA-256 of the file and of everything below that changes vectors.
         name: For messages and metadata.
         size: Height and width of a frame, in pixels.
@@ -145,9 +146,9 @@ def load_encoder(path: str | None = None, options: Mapping[str, Any] | None = No
     described = dict(_BUILT_IN_OPTIONS) if path is None else {**_beside(Path(path)), **(options or {})}
     if path is None and options:
         raise ParameterError("encoder options are given without an encoder; they describe a model of your own")
-    model = Path(path) if path is not None else _BUILT_IN
+    model = Path(path) if path is not None else Path(BUILT_IN)
     try:
-        content = model.read_bytes()
+        content = _file(str(model)).read_bytes()
     except OSError as error:
         raise ParameterError(f"encoder: {model} cannot be read ({error.strerror})") from None
     known = {field.name for field in fields(Encoder)} - {"path", "digest"}
@@ -245,6 +246,10 @@ def parse_options(text: str, origin: str) -> dict[str, Any]:
 _BUILT_IN_OPTIONS = {"name": "efficientnet-lite0", "layout": "nhwc", "eps": 0.1}
 
 
+def _file(path: str) -> Path:
+    return Path(__file__).parent / "encoders" / f"{BUILT_IN}.onnx" if path == BUILT_IN else Path(path)
+
+
 @functools.lru_cache(maxsize=2)
 def _session(path: str) -> onnxruntime.InferenceSession:
     """The model, ready. One thread: several processes encode at a time."""
@@ -256,7 +261,7 @@ def _session(path: str) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(_file(path)), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ParameterError(f"encoder {path}: is no model that ONNX Runtime can read ({_first_line(error)})") from None
 
