@@ -487,7 +487,9 @@ def undo(folder: str, verbose: bool) -> None:
 @main.command()
 @click.argument("output")
 @click.option("--group-by", metavar="COLUMN", help="Count duplicates for each value of this column.")
-@click.option("--media", metavar="FOLDER", help="Folder of the clips, for pictures of them.")
+@click.option(
+    "--media", metavar="FOLDER", help="Folder of the clips, for pictures of them. [default: that of a run on clips]"
+)
 @click.option("--open", "open_page", is_flag=True, help="Show the page in the browser.")
 @_storage_option
 @_verbose_option
@@ -534,7 +536,8 @@ def report(
     if open_page:
         import webbrowser
 
-        webbrowser.open(Path(page).as_uri())
+        if not webbrowser.open(Path(page).as_uri()):
+            click.echo("There is no browser to show it in here; open the page elsewhere.", err=True)
 
 
 @main.command()
