@@ -47,7 +47,7 @@ test-all: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
 
 # A report: no time makes it fail.
 regression: $(BENCH)/.installed

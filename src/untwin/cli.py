@@ -542,7 +542,8 @@ def report(
     if open_page:
         import webbrowser
 
-        webbrowser.open(Path(page).as_uri())
+        if not webbrowser.open(Path(page).as_uri()):
+            click.echo("There is no browser to show it in here; open the page elsewhere.", err=True)
 
 
 @main.command()

@@ -527,7 +527,10 @@ def test_the_command_writes_the_page_and_says_what_is_on_it(tmp_path, pages, mon
     assert "'camera'" in said
     assert cli("report", tmp_path, code=2).stderr.startswith("untwin: ")
     assert "local" in cli("report", "s3://bucket/out", "--open", code=2).stderr
-    assert "pictures" in cli("report", out, "--media", tmp_path, code=2).stderr
+    (tmp_path / "clips").mkdir()
+    assert "holds no media files" in cli("report", out, "--media", tmp_path / "clips", code=2).stderr
+    monkeypatch.setattr("webbrowser.open", lambda _: False)
+    assert "no browser" in cli("report", out, "--open").stderr
 
 
 def test_the_page_is_one_of_our_files(tmp_path, pages):

@@ -113,8 +113,9 @@ def _check_numbers(page, report, index):
     value, unit = texts["n-bytes"].split()
     scale = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15, "EB": 1e18}[unit]
     assert float(value.replace(",", "")) * scale == pytest.approx(step.bytes, rel=0.06)
-    shown = float(texts["n-hours"].split()[0].replace(",", ""))
-    assert shown == pytest.approx(step.seconds / 3600, abs=0.51)
+    shown, unit = texts["n-hours"].split()
+    seconds = float(shown.replace(",", "")) * {"s": 1, "min": 60, "h": 3600}[unit]
+    assert seconds == pytest.approx(step.seconds, rel=0.051)
 
 
 def _shown(page, side):
@@ -276,6 +277,22 @@ def test_the_command_is_copied(opened):
     page.click("#apply-copy")
     page.locator("#apply-copy", has_text="Copied").wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == f"{report.apply} --eps {report.eps}"
+
+
+@pytest.mark.slow
+def test_short_times_are_not_rounded_to_nothing_and_media_get_a_command(opened):
+    report = _report("no-pairs")
+    times = [0.0, 0.4, 59.9, 60.0, 3590.0, 3600.0, 356_000.0, 3.6e6]
+    steps = [dataclasses.replace(step, seconds=time) for step, time in zip(report.steps, times, strict=False)]
+    steps += report.steps[len(times) :]
+    media = "untwin apply out --mode move --media 'my clips'"
+    page = opened(dataclasses.replace(report, steps=tuple(steps), apply_media=media))
+    shown = []
+    for index in range(len(times)):
+        _move(page, index)
+        shown.append(page.text_content("#n-hours"))
+        assert page.text_content("#apply-media") == f"{media} --eps {steps[index].eps}"
+    assert shown == ["0 s", "0.4 s", "59.9 s", "1.0 min", "59.8 min", "1.0 h", "98.9 h", "1,000 h"]
 
 
 @pytest.mark.slow

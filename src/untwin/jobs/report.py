@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import importlib
 import importlib.util
+import logging
 import math
 import os
 import shlex
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from untwin.backends.base import NoProgress, Progress
 from untwin.errors import MissingExtraError, UntwinError
+from untwin.jobs.embed import BEST_QUALITY, EmbedParameters
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters
 from untwin.jobs.pictures import open_media, pictures
@@ -39,6 +40,7 @@ from untwin.jobs.report_rows import (
 )
 from untwin.jobs.result import Audit
 from untwin.jobs.run import parameters_of
+from untwin.media.find import MediaFolder
 from untwin.report.collect import (
     ScoreCounts,
     SmallestHashes,
@@ -52,7 +54,7 @@ from untwin.stages.clustering import REPORT_SEED
 from untwin.stages.ids import hash_ids
 from untwin.stages.pairwise import as_text
 from untwin.stages.ranking import RankingStrategy
-from untwin.storage.files import Storage, normalize_path, redact
+from untwin.storage.files import Storage, is_remote, normalize_path, redact
 from untwin.storage.lock import locked
 
 _PAGE_PACKAGES = ("jinja2", "plotly")
@@ -61,10 +63,12 @@ _PAIRS, _PAIRS_WITH_PICTURES = 400, 160
 _PAIRS_OF_INTERVAL = 100
 _GROUPS, _MEMBERS = 12, 24
 _CLUSTERS, _CLUSTER_SIZES = 20, 500
+_BUILT_IN_ENCODER = "efficientnet-lite0"
 _USUAL_EPS = 0.05
 """By which clusters are sorted in a run without eps."""
 _SOURCES = 30
 _BLOCK = 1 << 22
+_log = logging.getLogger(__name__)
 _DEFAULTS = {field.name: field.default for field in fields(RunParameters)}
 
 
@@ -81,8 +85,8 @@ def write_report(
     Args:
         output_path: Output folder of a finished run, or of `untwin.apply`.
         group_by: Count duplicates for each value of this column of the input.
-        media: Folder of the clips, local or a URL; rows are shown with pictures of their files, found by id.
-            Default: for a run on a folder of clips that folder, if it can be read.
+        media: Folder of the clips, local or a URL; rows are shown with pictures of their files, found by id. Default:
+            that of a run on clips, if it is still there.
         storage_options: For fsspec.
         progress: Gets told how far the work is.
 
@@ -147,7 +151,7 @@ def collect_report(
     Args:
         folder: The run.
         group_by: Column to count duplicates by.
-        media: Folder of the clips; default: as in `write_report`.
+        media: Folder of the clips; default: that of a run on clips.
         progress: Gets told how far the work is.
 
     Raises:
@@ -157,8 +161,8 @@ def collect_report(
     source = Finished.open(folder)
     run, parameters = source.run, source.run["parameters"]
     if media is None and parameters.get("media") is not None:
-        with contextlib.suppress(UntwinError):  # it may be elsewhere by now, or without the extra
-            found = open_media(folder.storage, parameters["media"])
+        media = parameters["media"]
+        found = _media_of_run(folder.storage, media)
     eps: float | None = parameters["eps"]
     wanted = find_columns(source, group_by)
     steps = slider_steps(eps, probes_of(run))
@@ -236,7 +240,25 @@ def collect_report(
         packages=run["packages"],
         reproduce=_reproduce(source),
         apply=f"untwin apply {shlex.quote(_run_path(source))}",
+        apply_media="" if media is None else _apply_media(source, normalize_path(media)),
     )
+
+
+def _media_of_run(storage: Storage, media: str) -> MediaFolder | None:
+    """The clips that a run was on; without them the page has no pictures."""
+    try:
+        return open_media(storage, media)
+    except UntwinError as error:
+        _log.warning("the report shows no pictures of clips: %s", error)
+        return None
+
+
+def _apply_media(source: Finished, media: str) -> str:
+    """The command that acts on media, without its eps: those on S3 can only be listed."""
+    if is_remote(media) and not media.startswith(("s3://", "s3a://")):
+        return ""
+    mode = "manifest" if is_remote(media) else "move"
+    return shlex.join(["untwin", "apply", _run_path(source), "--mode", mode, "--media", redact(media)])
 
 
 @dataclass(frozen=True)
@@ -567,7 +589,15 @@ def _reproduce(source: Finished) -> str:
     path = _run_path(source)
     if applied and source.origin is not None:
         saved = dict((source.origin.read_run() or source.run)["parameters"])
-    words = ["untwin", "run", *saved.pop("input_path"), path]
+    inputs, media = saved.pop("input_path"), saved.pop("media", None)
+    words = ["untwin", "run", *(inputs if media is None else [media]), path]
+    if media is not None:
+        words += _embedding_options(source.run.get("media") or {})
+        if saved["rank_by"] is None:
+            words += ["--which-to-keep", saved["which_to_keep"]]
+        elif saved["rank_by"] == BEST_QUALITY:
+            saved["rank_by"] = None
+        saved["which_to_keep"] = None
     for name, value in saved.items():
         option = "--" + name.replace("_", "-")
         default = "auto" if name == "n_clusters" else _DEFAULTS.get(name)
@@ -583,3 +613,13 @@ def _reproduce(source: Finished) -> str:
         more = ["untwin", "apply", path, "--eps", repr(source.run["parameters"]["eps"])]
         command += " && " + shlex.join([*more, *([] if own == usual else ["--to", own])])
     return command
+
+
+def _embedding_options(made: Mapping[str, Any]) -> list[str]:
+    """How a run on clips embedded them, so far as it is not the default; of a model only the name is known."""
+    words = []
+    if made.get("frames", EmbedParameters.frames) != EmbedParameters.frames:
+        words += ["--frames", str(made["frames"])]
+    if made.get("encoder", _BUILT_IN_ENCODER) != _BUILT_IN_ENCODER:
+        words += ["--encoder", f"{made['encoder']}.onnx"]
+    return words

@@ -174,6 +174,7 @@ class Report:
         packages: Versions.
         reproduce: Command that makes the run again.
         apply: Command that acts on a threshold, without `--eps VALUE`, quoted for a shell.
+        apply_media: The same for the media; empty without media.
     """
 
     output: str
@@ -210,3 +211,4 @@ class Report:
     packages: Mapping[str, str]
     reproduce: str
     apply: str
+    apply_media: str = ""

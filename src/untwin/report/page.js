@@ -40,9 +40,9 @@
     while (bytes >= 999.5 && i < units.length - 1) [bytes, i] = [bytes / 1000, i + 1];
     return (i && bytes < 99.5 ? bytes.toFixed(1) : count(Math.round(bytes))) + " " + units[i];
   }
-  function hours(seconds) {
-    const value = seconds / 3600;
-    return (value < 100 ? value.toFixed(1) : count(Math.round(value))) + " h";
+  function playing(seconds) {
+    const [value, unit] = seconds < 59.95 ? [seconds, "s"] : seconds < 3597 ? [seconds / 60, "min"] : [seconds / 3600, "h"];
+    return (value && value < 99.95 ? value.toFixed(1) : count(Math.round(value))) + " " + unit;
   }
 
   function table(caption, columns, rows) {
@@ -75,7 +75,7 @@
   addTile("share", "Share of compared rows");
   addTile("kept", "Kept rows");
   if (data.size_column !== null) addTile("bytes", "Bytes saved");
-  if (data.duration_column !== null) addTile("hours", "Hours saved");
+  if (data.duration_column !== null) addTile("hours", "Playing time saved");
 
   function showNumbers() {
     const step = steps[now], bound = atMost(step), n = data.n_compared;
@@ -84,15 +84,17 @@
     tiles.kept(count(n - step.duplicates), step.exact ? "" : "at least");
     const column = (name, whole) => [bound, whole && `of ${whole}`, `by ${plain(name)}`].filter(Boolean).join(" · ");
     if (tiles.bytes) tiles.bytes(step.bytes === null ? "–" : size(step.bytes), column(data.size_column, data.total_bytes !== null && size(data.total_bytes)));
-    if (tiles.hours) tiles.hours(step.seconds === null ? "–" : hours(step.seconds), column(data.duration_column, data.total_seconds !== null && hours(data.total_seconds)));
+    if (tiles.hours) tiles.hours(step.seconds === null ? "–" : playing(step.seconds), column(data.duration_column, data.total_seconds !== null && playing(data.total_seconds)));
     byId("bar-duplicates").replaceChildren(bound ? bound + " " : "", el("strong", {}, count(step.duplicates)), ` removed (${share(step.duplicates, n)})`);
     slider.value = now;
     if (document.activeElement !== field) field.value = step.eps;
     slider.setAttribute("aria-valuetext", `eps ${step.eps}, ${bound} ${count(step.duplicates)} duplicates`.replace("  ", " "));
     back.hidden = now === start;
     byId("apply").replaceChildren(...visible(command()));
+    if (data.apply_media) byId("apply-media").replaceChildren(...visible(commandOfMedia()));
   }
   const command = () => `${data.apply} --eps ${steps[now].eps}`;
+  const commandOfMedia = () => `${data.apply_media} --eps ${steps[now].eps}`;
 
   function showForce() {
     back.textContent = data.eps === null ? `Back to ${steps[start].eps}` : `Back to eps in force, ${data.eps}`;
@@ -341,6 +343,7 @@
     });
   }
   copies("apply-copy", command);
+  if (data.apply_media) copies("apply-media-copy", commandOfMedia);
   copies("reproduce-copy", () => data.reproduce);
 
   // ---- Groups
