@@ -82,8 +82,12 @@ def packages(output: Path) -> None:
     print(f"Written to {result.output_path}")
 
 
-def clips(output: Path) -> None:
-    """Make the clips, run the job on them, print how well it found those that belong together; write the report."""
+def clips(output: Path) -> float:
+    """Make the clips, run the job on them, print how well it found those that belong together; write the report.
+
+    Returns:
+        The eps that was in force.
+    """
     print("2. A folder of video clips", flush=True)
     print()
     truth = make_clips.make_once(output)
@@ -129,18 +133,21 @@ def clips(output: Path) -> None:
     print()
     print(f"The report, with pictures; open it in a browser:  {page}")
     print(f"What was removed, because of which clip:          {result.duplicates_path}")
+    return eps
 
 
 def main(output: Path) -> int:
     """Run both parts and print what to try next."""
     packages(output / "packages")
     print()
-    clips(output)
+    eps = clips(output)
     command = shlex.quote(str(Path(sys.executable).with_name("untwin")))
     made, clean = shlex.quote(str(output / "out")), shlex.quote(str(output / "clean"))
     print()
     print("Next, link the clips that stay into a folder of their own; look at one that goes; try a stricter eps:")
-    print(f"  {command} apply {made} --mode link --media {shlex.quote(str(output / 'clips'))} --to {clean}")
+    print(
+        f"  {command} apply {made} --eps {eps:g} --mode link --media {shlex.quote(str(output / 'clips'))} --to {clean}"
+    )
     print(f"  {command} show {made} fence/logo")
     print(f"  {command} apply {made} --eps 0.03")
     return 0
