@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CORE := $(VENV)/.installed-core
+DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 BENCH := .venv-bench
 # What is installed before the `bench` extra; a CPU build of PyTorch, where pip would fetch one for GPUs (several GB).
@@ -19,20 +19,20 @@ venv: $(DEV)
 	$(PYTHON) -m venv $*
 
 # The stamps are as old as the last installation, so that only a change of pyproject.toml installs again.
-$(CORE): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
-	touch $(CORE)
+$(DEMO): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[demo]"
+	touch $(DEMO)
 
 $(DEV): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	touch $(CORE) $(DEV)
+	touch $(DEMO) $(DEV)
 
 $(BENCH)/.installed: pyproject.toml | $(BENCH)/bin/python
 	$(if $(TORCH),$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)")
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
 	touch $(BENCH)/.installed
 
-demo: $(CORE)
+demo: $(DEMO)
 	$(BIN)/python examples/demo.py
 
 test: $(DEV)

@@ -149,12 +149,24 @@ def make(folder: Path, cuts: Iterable[str] = CUTS, variants: Iterable[str] = VAR
     return truth
 
 
+def make_once(folder: Path) -> dict[str, str]:
+    """Write `clips/` and `truth.csv`, unless they are there; gives the cut of each clip, as `make` does."""
+    listed = folder / "truth.csv"
+    if listed.exists():
+        with listed.open(newline="") as file:
+            truth = {row["clip"]: row["cut"] for row in csv.DictReader(file)}
+        if all((folder / "clips" / name).exists() for name in truth):
+            return truth
+    truth = make(folder / "clips")
+    with listed.open("w", newline="") as file:
+        csv.writer(file).writerows([("clip", "cut"), *truth.items()])
+    return truth
+
+
 def main() -> None:
     """Write the clips and `truth.csv` to the folder given."""
     folder = Path(sys.argv[1])
-    truth = make(folder / "clips")
-    with (folder / "truth.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("clip", "cut"), *truth.items()])
+    truth = make_once(folder)
     print(f"{len(truth)} clips in {folder / 'clips'}; which belong together: {folder / 'truth.csv'}")
 
 
