@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from measure import UNTWIN, cores, introduce, measure, print_table, save, show_bytes
 from untwin.media import decode
-from untwin.media.encoder import load_encoder
+from untwin.media.encoder import load_encoder, model_file
 
 _FRAMES = 8
 _FPS = 25
@@ -78,7 +78,7 @@ def _mirrored(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _session(model: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(model_file(model)), options, providers=["CPUExecutionProvider"])
 
 
 def _bare_frames(path: str, height: int, width: int) -> NDArray[np.uint8]:

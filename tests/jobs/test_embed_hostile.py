@@ -176,7 +176,11 @@ def test_an_interrupt_ends_all_processes_and_the_same_command_goes_on(clip, tmp_
     source.mkdir()
     for number in range(60):
         shutil.copy(clip, source / f"{number:02}.mp4")
-    command = [sys.executable, "-m", "untwin", "embed", str(source), str(out), "--workers", "2"]
+    # children of a shell's background ignore interrupts
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from untwin.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "embed", str(source), str(out), "--workers", "2"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not list(out.glob("embeddings/part-*.parquet")) and time.monotonic() < deadline:

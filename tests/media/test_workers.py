@@ -125,7 +125,8 @@ def test_numbers_that_make_no_sense_are_refused(wrong):
 
 
 _CALLER = """
-    import os, sys
+    import os, signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a shell's background ignore it
     sys.path.insert(0, sys.argv[1])
     import hostile
     from untwin.media.workers import map_media

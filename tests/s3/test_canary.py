@@ -27,6 +27,7 @@ from untwin.errors import (
     ChangedInputError,
     DamagedFileError,
     InputNotFoundError,
+    MediaError,
     MissingExtraError,
     OutputExistsError,
     OutputInUseError,
@@ -37,6 +38,7 @@ from untwin.errors import (
     SchemaError,
     StorageError,
     TooManyRejectedError,
+    TooManyRemovedError,
     UntwinError,
 )
 from untwin.jobs.parameters import RunParameters
@@ -309,6 +311,11 @@ def rows_that_do_not_add_up(cage, _):
     return cage.command("apply", cage.output, "--eps", 0.1, code=2)
 
 
+def too_many_removed(cage, _):
+    cage.run()
+    return cage.command("apply", cage.output, "--eps", 0.3, "--max-removed", "0.1%", code=2)
+
+
 def missing_extra(cage, _):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "gcsfs", None)
@@ -335,17 +342,19 @@ ERRORS = {
     repeated_ids: RepeatedIdError,
     mostly_rejected: TooManyRejectedError,
     rows_that_do_not_add_up: ResultMismatchError,
+    too_many_removed: TooManyRemovedError,
     missing_extra: MissingExtraError,
 }
 
 
-LONG = (rows_that_do_not_add_up, changed_input, busy_for_good, mostly_rejected, repeated_ids)
+LONG = (rows_that_do_not_add_up, too_many_removed, changed_input, busy_for_good, mostly_rejected, repeated_ids)
 """Paths that take a whole run."""
 
 
 def test_every_named_error_is_among_these_paths():
     named = {kind for kind in vars(errors_module).values() if isinstance(kind, type) and issubclass(kind, UntwinError)}
-    assert named - {UntwinError} == set(ERRORS.values())
+    # a MediaError is the reason why a clip is rejected, or has no picture
+    assert named - {UntwinError, MediaError} == set(ERRORS.values())
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def load_encoder(path: str | None = None, options: Mapping[str, Any] | None = No
         raise ParameterError("encoder options are given without an encoder; they describe a model of your own")
     model = Path(path) if path is not None else Path(BUILT_IN)
     try:
-        content = _file(str(model)).read_bytes()
+        content = model_file(str(model)).read_bytes()
     except OSError as error:
         raise ParameterError(f"encoder: {model} cannot be read ({error.strerror})") from None
     known = {field.name for field in fields(Encoder)} - {"path", "digest"}
@@ -246,7 +246,8 @@ def parse_options(text: str, origin: str) -> dict[str, Any]:
 _BUILT_IN_OPTIONS = {"name": "efficientnet-lite0", "layout": "nhwc", "eps": 0.1}
 
 
-def _file(path: str) -> Path:
+def model_file(path: str) -> Path:
+    """Where a model lies on this machine: a path, or the name of the built-in one."""
     return Path(__file__).parent / "encoders" / f"{BUILT_IN}.onnx" if path == BUILT_IN else Path(path)
 
 
@@ -261,7 +262,7 @@ def _session(path: str) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(str(_file(path)), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(model_file(path)), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ParameterError(f"encoder {path}: is no model that ONNX Runtime can read ({_first_line(error)})") from None
 
