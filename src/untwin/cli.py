@@ -111,7 +111,8 @@ def _what_is_left(kwargs: dict[str, Any]) -> str:
     if command == "embed":
         folder = kwargs["output"]
     else:
-        folder = paths[-1] if paths else kwargs.get("to") or f"{kwargs['output'].rstrip('/')}/eps={kwargs['eps']!r}"
+        answer = "" if kwargs["eps"] is None else f"/eps={kwargs['eps']!r}"
+        folder = paths[-1] if paths else kwargs.get("to") or kwargs["output"].rstrip("/") + answer
     if "://" not in folder:
         if not Path(folder).exists():
             return "the input is untouched, and nothing was written"
@@ -336,8 +337,7 @@ def run(
 @click.option(
     "--eps",
     type=float,
-    required=True,
-    help="Remove a row whose similarity to a kept row is at least 1 - EPS.",
+    help="Remove a row whose similarity to a kept row is at least 1 - EPS. [default: the one in force in OUTPUT]",
 )
 @click.option(
     "--mode",
@@ -376,7 +376,7 @@ def run(
 @_reports_errors
 def apply(
     output: str,
-    eps: float,
+    eps: float | None,
     mode: str,
     media: str | None,
     path_field: str | None,

@@ -117,6 +117,21 @@ def test_the_runs_own_answer_is_used_where_it_has_this_eps(out, media, tmp_path)
     assert snapshot(out) == before
 
 
+def test_without_eps_the_one_in_force_is_meant(out, media, tmp_path):
+    before = snapshot(out)
+    untwin.apply(out, eps=0.05, mode="copy", media=media, to=tmp_path / "given")
+    untwin.apply(out, mode="copy", media=media, to=tmp_path / "taken")
+    assert snapshot(out) == before
+    assert snapshot(tmp_path / "taken") == snapshot(tmp_path / "given") != {}
+
+
+def test_without_one_in_force_an_eps_has_to_be_given(tmp_path):
+    untwin.deduplicate(write_parquet(tmp_path / "in.parquet", twin_table()), tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    assert "the run had no eps; choose one with --eps" in cli("apply", tmp_path / "out", code=2).output
+    assert snapshot(tmp_path / "out") == before
+
+
 def test_an_answer_without_kept_gets_it_later_and_one_with_it_serves_all(out, media, tmp_path):
     result = untwin.apply(out, eps=0.1, mode="list")
     folder = out / "eps=0.1"

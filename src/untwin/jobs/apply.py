@@ -64,7 +64,7 @@ class Application:
 def apply(
     output_path: str | os.PathLike[str],
     *,
-    eps: float,
+    eps: float | None = None,
     mode: str = "parquet",
     to: str | os.PathLike[str] | None = None,
     kept: str | None = None,
@@ -87,7 +87,7 @@ def apply(
 
     Args:
         output_path: Output folder of a finished run; for another eps it must still have its `kmeans/`.
-        eps: The threshold.
+        eps: The threshold; default: the one in force in the run.
         mode: `parquet`: the filtered data set; `list`: ids as text; `link`, `copy`: media of the rows that stay into
             a folder; `move`: media of duplicates into a folder, see `untwin.undo`; `manifest`: objects on S3 to remove.
         to: For `parquet` the folder for the whole answer; default: as above. For `list` and `manifest` the folder for
@@ -134,7 +134,7 @@ def apply(
 def prepare_apply(
     output_path: str | os.PathLike[str],
     *,
-    eps: float,
+    eps: float | None,
     mode: str,
     to: str | os.PathLike[str] | None,
     kept: str | None,
@@ -152,7 +152,8 @@ def prepare_apply(
 
     Args: as those of `apply`; with `dry_run` the answer gets no `kept/`.
     """
-    threshold(eps)
+    if eps is not None:
+        threshold(eps)
     checks.one_of("mode", mode, MODES)
     limit = parse_share("max_removed", max_removed)
     if group_by is not None and limit is None:
@@ -165,6 +166,9 @@ def prepare_apply(
     place = normalize_path(os.fspath(to)) if to else None
     run_folder = OutputFolder(storage, normalize_path(os.fspath(output_path)))
     run = run_folder.require_run()
+    eps = run["parameters"]["eps"] if eps is None else eps
+    if eps is None:
+        raise ParameterError(f"{redact(run_folder.path)}: the run had no eps; choose one with --eps")
     media = media or run["parameters"].get("media")
     if media is None and mode in ON_MEDIA:
         raise ParameterError(f"mode is {mode!r} without media; give their folder with --media")

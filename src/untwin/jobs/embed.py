@@ -148,7 +148,7 @@ def embed(
         timeout: Seconds for each clip.
         memory: Budget, as bytes or as in "4GB".
         workers: Most units of work at a time.
-        backend: `local` or `ray`.
+        backend: `local`, `ray` or `xenna`.
         ray_address: Of a running Ray cluster, as in `untwin.deduplicate`.
         storage_options: For fsspec, clips and output alike.
         progress: Gets told how far the work is.
