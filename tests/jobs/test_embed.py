@@ -18,7 +18,7 @@ pytest.importorskip("av")
 from inputs import cli, ids_of, read_folder, snapshot, witnesses
 from media.films import film, mute
 from untwin import deduplicate, embed
-from untwin.errors import MediaError, OutputExistsError, ParameterError, TooManyRejectedError
+from untwin.errors import MediaError, OutputExistsError, ParameterError, SchemaError, TooManyRejectedError
 from untwin.media.decode import frames as decode
 from untwin.media.encoder import load_encoder
 from untwin.stages.embed import Clip, Recipe, embed_clip
@@ -171,6 +171,23 @@ def test_vectors_of_different_encoders_or_frames_are_not_mixed(clips, embedded):
     with pytest.raises(OutputExistsError, match=r"differ in frames .was 8, now 4.; vectors of different encoders"):
         embed(clips, out, frames=4)
     assert snapshot(out) == before
+
+
+def test_a_run_refuses_vectors_of_different_encoders(clips, embedded, tmp_path):
+    out, _ = embedded
+    embed(clips, tmp_path / "other", frames=4, pattern="second*")
+    (tmp_path / "other" / "embeddings").rename(tmp_path / "moved")
+    with pytest.raises(SchemaError, match=r"efficientnet-lite0 \(.*, 4 frames\).*cannot be compared"):
+        deduplicate([out / "embeddings", tmp_path / "moved"], tmp_path / "run", eps=0.1, on_repeated_id="first")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_embedded_is_an_input_of_a_run(embedded, tmp_path):
+    out, found = embedded
+    whole = deduplicate(out, tmp_path / "whole", eps=0.1)
+    deduplicate(found.path, tmp_path / "part", eps=0.1)
+    assert whole.n_rows == found.n_embedded == 6
+    assert witnesses(tmp_path / "whole") == witnesses(tmp_path / "part") != {}
 
 
 def test_clips_that_differ_in_their_ending_only_keep_it_in_their_ids(clips, tmp_path):

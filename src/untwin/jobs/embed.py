@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from untwin.backends import make_executor
 from untwin.backends.base import Executor, Progress
 from untwin.errors import InputNotFoundError, OutputExistsError, ParameterError, TooManyRejectedError
-from untwin.jobs.output import EMBEDDED, OutputFolder
+from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
 from untwin.media.decode import require
 from untwin.media.encoder import Encoder, load_encoder
@@ -33,7 +33,6 @@ from untwin.media.find import is_media, list_media
 from untwin.pipeline import Pipeline
 from untwin.stages import checks
 from untwin.stages.embed import (
-    METADATA_KEY,
     EmbeddedTask,
     EmbedStage,
     Recipe,
@@ -43,9 +42,9 @@ from untwin.stages.embed import (
 )
 from untwin.storage.files import Storage, join, normalize_path, read_many, real_path, redact
 from untwin.storage.inputs import naming_file
+from untwin.storage.listing import EMBEDDED, EMBEDDING_KEY, EMBEDDINGS
 from untwin.storage.lock import LOCK, locked
 
-EMBEDDINGS = "embeddings"
 BEST_QUALITY = "height:desc,bitrate:desc,duration_s:desc"
 """Of clips that are nearly the same the best one stays, if nothing else is said."""
 _MAGIC = re.compile(r"[*?\[]")
@@ -425,7 +424,7 @@ def _without_failed(folder: OutputFolder, clips: pa.Table, timeout: float) -> pa
 def _failures(storage: Storage, timeout: float, path: str) -> pa.Table | None:
     with naming_file(path), storage.open(path) as source:
         table = pq.read_table(source, columns=["id"], partitioning=None)
-    described = json.loads(table.schema.metadata[METADATA_KEY])
+    described = json.loads(table.schema.metadata[EMBEDDING_KEY])
     if described["timeout"] != timeout:
         return None
     paths, versions = zip(*described["clips"], strict=True)
@@ -436,7 +435,7 @@ def _failures(storage: Storage, timeout: float, path: str) -> pa.Table | None:
 def _identities(storage: Storage, path: str) -> pa.Table:
     with naming_file(path), storage.open(path) as source:
         table = pq.read_table(source, columns=["id", "path"], partitioning=None)
-    versions = json.loads(table.schema.metadata[METADATA_KEY])["versions"]
+    versions = json.loads(table.schema.metadata[EMBEDDING_KEY])["versions"]
     columns = [*table.columns, pa.chunked_array([versions], pa.large_string())]
     return pa.table([column.cast(pa.large_string()) for column in columns], names=list(_IDENTITY))
 
@@ -446,9 +445,9 @@ def _keep(storage: Storage, path: str, stays: NDArray[np.bool_]) -> None:
     if stays.any():
         with storage.open(path) as source:
             table = pq.read_table(source, partitioning=None)
-        described = json.loads(table.schema.metadata[METADATA_KEY])
+        described = json.loads(table.schema.metadata[EMBEDDING_KEY])
         described["versions"] = [version for version, good in zip(described["versions"], stays, strict=True) if good]
-        table = table.filter(pa.array(stays)).replace_schema_metadata({METADATA_KEY: json.dumps(described)})
+        table = table.filter(pa.array(stays)).replace_schema_metadata({EMBEDDING_KEY: json.dumps(described)})
         name = hashlib.sha256(json.dumps([table["path"].to_pylist(), described["versions"]]).encode()).hexdigest()[:16]
         write_embeddings(storage, f"{posixpath.dirname(path)}/part-{name}.parquet", table)
     storage.remove(path)

@@ -12,7 +12,7 @@ import untwin
 from untwin.backends.ledger import Ledger
 from untwin.errors import OutputExistsError, ParameterError
 from untwin.storage.files import Storage, is_remote, join, redact
-from untwin.storage.listing import Listing
+from untwin.storage.listing import EMBEDDED, Listing
 from untwin.storage.lock import LOCK
 
 FORMAT_VERSION = 1
@@ -32,8 +32,6 @@ _OURS = re.compile(
 )
 
 
-EMBEDDED = "_embed.json"
-"""Says that there are embeddings, and how they were made."""
 _OF_EMBEDDINGS = re.compile(r"embeddings(?:/.*)?|_embed(?:/.*)?|_embed\.json|rejected/clips-.*")
 """What embedding wrote before the run, which goes on from there."""
 

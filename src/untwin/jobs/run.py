@@ -16,7 +16,7 @@ from untwin.backends import make_executor
 from untwin.backends.base import Executor, Progress
 from untwin.backends.ledger import Ledger
 from untwin.errors import OutputExistsError, ParameterError, ResourceError
-from untwin.jobs.output import EMBEDDED, OutputFolder
+from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
 from untwin.jobs.recall import choose_probes, measure_recall
 from untwin.jobs.record import (
@@ -46,7 +46,7 @@ from untwin.stages.repeats import RepeatsStage
 from untwin.stages.sample import SampleStage
 from untwin.stages.tasks import Cluster, ClustersTask, HostsTask, ProbesTask
 from untwin.storage.files import Storage, join, normalize_path, real_path, redact
-from untwin.storage.listing import Fields, Listing, list_inputs
+from untwin.storage.listing import EMBEDDED, Fields, Listing, list_inputs
 from untwin.storage.lock import check_unlocked, locked, remove_dead_lock
 from untwin.storage.partitions import CENTROIDS
 

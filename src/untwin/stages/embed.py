@@ -21,8 +21,8 @@ from untwin.media.encoder import Encoder
 from untwin.media.workers import MediaWorkers, Problem
 from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.storage.files import Storage, join, redact
+from untwin.storage.listing import EMBEDDING_KEY
 
-METADATA_KEY = b"untwin.embedding"
 _FACTS = (
     ("path", pa.string()),
     ("duration_s", pa.float64()),
@@ -242,7 +242,7 @@ def _write(storage: Storage, path: str, recipe: Recipe, clips: Sequence[Clip], f
     arrays += [pa.array(values, kind) for values, (_, kind) in zip(columns, _FACTS, strict=True)]
     schema = pa.schema(
         [("id", pa.string()), ("embedding", arrays[1].type), *_FACTS],
-        {METADATA_KEY: json.dumps({**recipe.described(), "versions": [clip.version for clip in clips]})},
+        {EMBEDDING_KEY: json.dumps({**recipe.described(), "versions": [clip.version for clip in clips]})},
     )
     table = pa.Table.from_arrays(arrays, schema=schema)
     write_embeddings(storage, path, table)
@@ -264,7 +264,7 @@ def _write_rejected(storage: Storage, path: str, described: dict[str, Any], clip
             "row": pa.nulls(len(clips), pa.int64()),
             "reason": pa.array([reason for _, reason in clips], pa.string()),
         }
-    ).replace_schema_metadata({METADATA_KEY: json.dumps(described)})
+    ).replace_schema_metadata({EMBEDDING_KEY: json.dumps(described)})
     with storage.writing(path, durable=True) as sink:
         pq.write_table(table, sink, compression="zstd")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import json
 import posixpath
 import re
 from collections import Counter
@@ -28,6 +29,10 @@ from untwin.storage.spread import in_parts
 
 _CURATOR_FOLDER = re.compile(r"[^_]+_embd(_[^_]+)?_parquet")
 _CURATOR_PREFIXES = {"internvideo2": "iv2", "cosmos-embed1": "ce1"}
+EMBEDDED, EMBEDDINGS = "_embed.json", "embeddings"
+"""What says that there are embeddings in an output folder, and how they were made; and where they are."""
+EMBEDDING_KEY = b"untwin.embedding"
+"""In the metadata of a schema: JSON with the `encoder` that made the vectors, its `digest`, and `frames` of a clip."""
 _PEEKED_ROWS = 1000
 _CHECKED_ROWS, _CHECKED_BYTES = 1 << 16, 8 << 20
 _LOCAL_READS, _REMOTE_READS = 4, 32
@@ -266,7 +271,7 @@ def list_inputs(
     schemas: list[tuple[str, pa.Schema]] = []
     for batch, some in in_parts(_Inspection(storage, filetype, fields, skip_bad_files), files):
         batches.append(batch)
-        repeated = schemas and some and some[0][1].equals(schemas[-1][1])
+        repeated = schemas and some and _is_same(some[0][1], schemas[-1][1])
         schemas += some[1:] if repeated else some
     facts = pa.Table.from_batches(batches, _FACTS).combine_chunks()
     ids, fixed_dims, metadata_types = _check_schemas(schemas, fields)
@@ -316,7 +321,7 @@ class _Inspection:
             for file, fact in zip(files, pool.map(self._facts, files), strict=True):
                 facts.append((sum(fact.group_rows), fact.group_rows, fact.group_starts, fact.group_bytes, fact.problem))
                 with_columns = not fact.problem and (fact.group_rows or self.filetype == "parquet")
-                if with_columns and not (schemas and fact.schema.equals(schemas[-1][1])):
+                if with_columns and not (schemas and _is_same(fact.schema, schemas[-1][1])):
                     schemas.append((file.path, fact.schema))
         columns = [pa.array(values, field.type) for values, field in zip(zip(*facts, strict=True), _FACTS, strict=True)]
         return pa.record_batch(columns, schema=_FACTS), schemas
@@ -369,7 +374,7 @@ def _find(
 
     def below(path: str) -> list[tuple[FoundFile, str]]:
         if storage.is_folder(path):
-            folder = _curator_folder(storage, path)
+            folder = _embeddings_folder(storage, path)
             files = [file for file in storage.find(folder) if not _is_ours(file.path, folder, exclude)]
             chosen = (
                 [file for file in files if file.path.lower().endswith(endings)] if endings else format_.select(files)
@@ -421,9 +426,12 @@ def _is_ours(path: str, folder: str, exclude: Sequence[str]) -> bool:
     return any(part.startswith(("_", ".")) for part in below)
 
 
-def _curator_folder(storage: Storage, folder: str) -> str:
-    """The embeddings folder in an output folder of a Curator pipeline; else the folder itself."""
-    names = [name for name in storage.names(folder) if _CURATOR_FOLDER.fullmatch(name)]
+def _embeddings_folder(storage: Storage, folder: str) -> str:
+    """The embeddings folder in an output folder of a Curator pipeline or of ours; else the folder itself."""
+    present = storage.names(folder)
+    if EMBEDDED in present:
+        return join(folder, EMBEDDINGS)
+    names = [name for name in present if _CURATOR_FOLDER.fullmatch(name)]
     if not names:
         return folder
     if len(names) == 1:
@@ -446,6 +454,22 @@ def _curator_folder(storage: Storage, folder: str) -> str:
     )
 
 
+def _is_same(schema: pa.Schema, other: pa.Schema) -> bool:
+    return bool(schema.equals(other)) and _encoder(schema) == _encoder(other)
+
+
+def _encoder(schema: pa.Schema) -> str:
+    """What made the vectors of a file, in words; empty if it does not say."""
+    content = (schema.metadata or {}).get(EMBEDDING_KEY)
+    if content is None:
+        return ""
+    try:
+        told = json.loads(content)
+        return f"the encoder {told['encoder']} ({told['digest'][:12]}, {told['frames']} frames)"
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
 def _check_schemas(
     schemas: Sequence[tuple[str, pa.Schema]], fields: Fields
 ) -> tuple[pa.DataType, Counter[int | None], tuple[pa.DataType, ...]]:
@@ -455,7 +479,15 @@ def _check_schemas(
     metadata_types: list[pa.DataType] = []
     metadata_paths: list[str] = []
     vectors_path = ""
+    maker, maker_path = "", ""
     for path, schema in schemas:
+        made_by = _encoder(schema)
+        if maker and made_by not in ("", maker):
+            raise SchemaError(
+                f"{redact(path)}: holds vectors of {made_by}, but {redact(maker_path)} of {maker}; vectors of "
+                "different encoders cannot be compared: give those of one at a time"
+            )
+        maker, maker_path = (maker, maker_path) if maker else (made_by, path)
         for name in fields.names:
             if name not in schema.names:
                 has_it = next((other for other, columns in schemas if name in columns.names), "")
