@@ -48,6 +48,7 @@ def run(executor, source, folder):
     return (folder / "kmeans" / "_centroids.npy").read_bytes(), read_folder(folder / "pairs")
 
 
+@pytest.mark.slow
 def test_a_fit_and_a_giant_cluster_are_spread_and_give_the_same_bits(cluster, source, tmp_path):
     (tmp_path / "ray").mkdir()
     (tmp_path / "local").mkdir()

@@ -70,10 +70,22 @@ class TestXenna(Conformance):
 
     @pytest.mark.parametrize(
         "name",
-        [pytest.param(name, marks=[pytest.mark.slow] * (name in ("probes chosen", "scores only"))) for name in RUNS],
+        [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("plain", "probes"))) for name in RUNS],
     )
     def test_the_answer_is_that_of_one_thread(self, source, expected, tmp_path, name):  # noqa: F811 - fixtures
         super().test_the_answer_is_that_of_one_thread(source, expected, tmp_path, name)
+
+    @pytest.mark.parametrize(
+        ("step", "after"),
+        [
+            ("sample", 1),
+            *(pytest.param(*at, marks=pytest.mark.slow) for at in [("assign", 900), ("pairwise", 300), ("remove", 1)]),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("way", ["begun here", "finished here"])
+    def test_interrupted_and_finished_on_another_backend(self, source, expected, tmp_path, step, after, way):  # noqa: F811 - fixtures
+        super().test_interrupted_and_finished_on_another_backend(source, expected, tmp_path, step, after, way)
 
     def test_a_users_mistake_arrives_as_it_is(self, tmp_path):
         super().test_a_users_mistake_arrives_as_it_is(tmp_path)

@@ -113,7 +113,9 @@ def test_clusters_hold_every_input_row_once_with_its_number_and_metadata(runs):
     assert found["size_bytes"].equals(given["size_bytes"])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(rule, marks=[pytest.mark.slow] * (rule in ("easy", "random"))) for rule in RULES]
+)
 def test_similarities_are_those_of_brute_force_in_rank_order(runs, rule):
     run = runs(rule)
     assert len(run.clusters) > 1

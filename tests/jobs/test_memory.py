@@ -43,7 +43,7 @@ def _run(source: Path, out: Path, *options: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("n_rows", "dim", "memory"),
     [
-        pytest.param(50_000, 3072, 200, id="614 MB of vectors in 200 MB"),
+        pytest.param(50_000, 3072, 200, id="614 MB of vectors in 200 MB", marks=pytest.mark.slow),
         pytest.param(98_000, 4096, 256, id="1.6 GB of vectors in 256 MB", marks=pytest.mark.slow),
     ],
 )

@@ -138,6 +138,7 @@ def test_a_driver_that_may_not_read_the_data_gives_the_local_answer(gate, cluste
             driver.read_bytes(bucket.url(name))
 
 
+@pytest.mark.slow
 def test_stages_of_a_driver_that_may_not_read_the_data_give_the_local_answer(gate, cluster, endpoint, source):
     bucket = Bucket(endpoint)
     bucket.upload(source, "in")
