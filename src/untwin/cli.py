@@ -293,9 +293,8 @@ def run(
     embed`; then EPS defaults to what fits the encoder.
     """
     from untwin.backends import make_executor
-    from untwin.jobs.embed import EmbedParameters, with_embeddings
+    from untwin.jobs.embed import EmbedParameters, prepare_run
     from untwin.jobs.parameters import RunParameters, parse_bytes
-    from untwin.jobs.run import prepare
 
     if len(paths) < 2:
         raise ParameterError("give at least one INPUT and the OUTPUT folder")
@@ -312,14 +311,19 @@ def run(
     executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address)
     embedding = EmbedParameters(frames, encoder, _encoder_options(encoder_options), pattern, timeout)
     with _progress() as progress:
-        parameters, embedded = with_embeddings(
-            parameters, embedding, executor, progress, by_quality=which_to_keep is None, dry_run=dry_run
+        prepared, embedded = prepare_run(
+            parameters,
+            embedding,
+            executor,
+            progress,
+            overwrite=overwrite,
+            by_quality=which_to_keep is None,
+            dry_run=dry_run,
         )
     if embedded is not None:
         click.echo("\n".join(embedded_lines(embedded, dry_run=dry_run)), err=as_json)
-        if dry_run:
-            return
-    prepared = prepare(parameters, executor, overwrite=overwrite)
+    if prepared is None:
+        return
     click.echo(prepared.summary, err=as_json)
     if dry_run:
         return

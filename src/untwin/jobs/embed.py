@@ -27,6 +27,7 @@ from untwin.backends.base import Executor, Progress
 from untwin.errors import InputNotFoundError, OutputExistsError, ParameterError, TooManyRejectedError
 from untwin.jobs.output import OutputFolder
 from untwin.jobs.parameters import RunParameters, parse_bytes
+from untwin.jobs.run import PreparedRun, prepare
 from untwin.media.decode import require
 from untwin.media.encoder import Encoder, load_encoder
 from untwin.media.find import is_media, list_media
@@ -40,7 +41,7 @@ from untwin.stages.embed import (
     write_clips,
     write_embeddings,
 )
-from untwin.storage.files import Storage, join, normalize_path, read_many, real_path, redact
+from untwin.storage.files import Storage, join, normalize_path, read_many, redact
 from untwin.storage.inputs import naming_file
 from untwin.storage.listing import EMBEDDED, EMBEDDING_KEY, EMBEDDINGS
 from untwin.storage.lock import LOCK, locked
@@ -179,8 +180,7 @@ def embed_into(
     storage = folder.storage
     folder.check_is_folder()
     _check_same(folder, recipe)
-    if is_media(clips_path) and not storage.is_folder(clips_path):
-        raise ParameterError(f"{redact(clips_path)}: media are given as the folder that they lie in; {_CHOOSE}")
+    _check_no_clip(storage, [clips_path])
     clips = executor.call(_list_clips, storage, clips_path, parameters.pattern, folder.path)
     if dry_run:
         return Embedded(
@@ -236,65 +236,78 @@ def embed_into(
         return result
 
 
-def with_embeddings(
+def prepare_run(
     parameters: RunParameters,
     embedding: EmbedParameters,
     executor: Executor,
     progress: Progress | None = None,
     *,
+    overwrite: bool = False,
     by_quality: bool = True,
     dry_run: bool = False,
-) -> tuple[RunParameters, Embedded | None]:
-    """Where the input is a folder of clips: embed them into the output folder, and run on the embeddings.
+) -> tuple[PreparedRun | None, Embedded | None]:
+    """Prepare a run; of a folder of clips one on their embeddings, which are made in the output folder first.
+
+    Whether it is such a folder is looked at only where there are no tables, so that an input of tables is listed once.
 
     Args:
         parameters: Of the run.
         embedding: How clips become vectors.
         executor: The backend.
-        progress: Gets told how far the work is.
+        progress: Gets told how far the embedding is.
+        overwrite: Remove an earlier run in the output first; embeddings stay.
         by_quality: Of similar clips keep the one of best quality, if `rank_by` says nothing else.
-        dry_run: Only find the clips; nothing is written.
+        dry_run: Of clips only find them; nothing is written, and there is no run to prepare yet.
 
     Returns:
-        Parameters with the embeddings as input, and the encoder's eps if none was given; and what was embedded. Those
-        given, and None, for any other input.
+        The run, whose eps is the encoder's if none was given; and what was embedded, None for an input of tables.
     """
-    storage = Storage(parameters.storage_options)
-    if parameters.input_filetype != "parquet" or not executor.call(
-        holds_media, storage, parameters.inputs, normalize_path(parameters.output)
-    ):
+    storage, output = Storage(parameters.storage_options), normalize_path(parameters.output)
+    may_be_clips = parameters.input_filetype == "parquet"
+    if may_be_clips:
+        _check_no_clip(storage, parameters.inputs)
+    try:
+        prepared = prepare(parameters, executor, overwrite=overwrite)
+    except InputNotFoundError:
+        if not may_be_clips or not executor.call(holds_media, storage, parameters.inputs, output):
+            raise
+    else:
         if embedding != EmbedParameters():
             raise ParameterError(
                 f"{redact(parameters.inputs[0])}: is no folder of videos or images, so frames, encoder, pattern and "
                 "timeout have no meaning; leave them out"
             )
-        return parameters, None
+        return prepared, None
     given = {"id_field": parameters.id_field, "embedding_field": parameters.embedding_field}
     if given != {"id_field": "id", "embedding_field": "embedding"}:
         raise ParameterError(
             "the columns of embedded clips are id and embedding; leave id_field and embedding_field out"
         )
     recipe = embedding.recipe()
-    folder = OutputFolder(storage, normalize_path(parameters.output))
     media = normalize_path(parameters.inputs[0])
-    if real_path(media) == real_path(folder.path):
-        raise OutputExistsError(f"{redact(folder.path)}: is both input and output; choose another output folder")
-    found = embed_into(folder, media, embedding, recipe, executor, progress, dry_run=dry_run)
+    found = embed_into(OutputFolder(storage, output), media, embedding, recipe, executor, progress, dry_run=dry_run)
+    if dry_run:
+        return None, found
     eps = parameters.eps if parameters.eps is not None else recipe.encoder.eps
     rank_by = parameters.rank_by or (BEST_QUALITY if by_quality else None)
-    return dataclasses.replace(parameters, inputs=(found.path,), media=media, eps=eps, rank_by=rank_by), found
+    on_vectors = dataclasses.replace(parameters, inputs=(found.path,), media=media, eps=eps, rank_by=rank_by)
+    return prepare(on_vectors, executor, overwrite=overwrite), found
+
+
+def _check_no_clip(storage: Storage, inputs: Sequence[str]) -> None:
+    """Raise ParameterError for a clip: they are given as a folder."""
+    for path in map(normalize_path, inputs):
+        if is_media(path) and not storage.is_folder(path):
+            raise ParameterError(f"{redact(path)}: media are given as the folder that they lie in; {_CHOOSE}")
 
 
 def holds_media(storage: Storage, inputs: Sequence[str], output: str) -> bool:
     """Whether the input is a folder with media files, and without tables; what lies in the output does not count.
 
     Raises:
-        ParameterError: It is media in another form.
+        ParameterError: It is several.
     """
     paths = [normalize_path(path) for path in inputs]
-    file = next((path for path in paths if is_media(path) and not storage.is_folder(path)), None)
-    if file is not None:
-        raise ParameterError(f"{redact(file)}: media are given as the folder that they lie in; {_CHOOSE}")
     found = [path for path in paths if not _MAGIC.search(path) and storage.is_folder(path)]
     media = [path for path in found if _has_media_only(storage, path, output.rstrip("/") + "/")]
     if media and len(paths) > 1:

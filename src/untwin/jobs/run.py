@@ -569,12 +569,14 @@ def deduplicate(
         storage_options=dict(storage_options or {}),
     )
     executor = make_executor(backend, workers, None if memory is None else parse_bytes(memory), ray_address)
-    from untwin.jobs.embed import EmbedParameters, with_embeddings
+    from untwin.jobs.embed import EmbedParameters, prepare_run
 
     embedding = EmbedParameters(frames, encoder, dict(encoder_options or {}), pattern, timeout)
-    by_quality = which_to_keep is None
-    parameters, _ = with_embeddings(parameters, embedding, executor, progress, by_quality=by_quality)
-    return prepare(parameters, executor, overwrite=overwrite).execute(progress)
+    prepared, _ = prepare_run(
+        parameters, embedding, executor, progress, overwrite=overwrite, by_quality=which_to_keep is None
+    )
+    assert prepared is not None  # only of a dry run it is
+    return prepared.execute(progress)
 
 
 def parameters_of(run: Mapping[str, Any], storage_options: Mapping[str, Any]) -> RunParameters:
