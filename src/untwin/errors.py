@@ -6,6 +6,17 @@ A message names the file, column, row or parameter, says what was found, and wha
 from __future__ import annotations
 
 
+def one_line(text: str, most: int | None = None) -> str:
+    """A text from outside, such as an id or a path, for a message: control characters escaped.
+
+    Args:
+        text: Whatever.
+        most: Characters after which it is cut; None: never.
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return line if most is None or len(text) <= most else f"{line[:most]}…"
+
+
 class UntwinError(Exception):
     """Base of all errors that untwin raises on purpose; the command line prints only their message."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from untwin.errors import one_line
+
 if TYPE_CHECKING:
     from untwin.jobs.embed import Embedded
     from untwin.jobs.result import RunResult
@@ -14,9 +16,8 @@ if TYPE_CHECKING:
 
 
 def shown(text: str, most: int = 60) -> str:
-    """An id on one line of a terminal: no control characters, not endless."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
-    return line if len(text) <= most else line[:most] + "…"
+    """An id on one line of a terminal, and not endless."""
+    return one_line(text, most)
 
 
 def run_lines(result: RunResult) -> list[str]:

@@ -97,13 +97,11 @@ class Decisions:
         """A bit for each row of the input that was rejected."""
         listing, folder = self.listing, self.run_folder
         bits = empty_bitmap(listing.n_rows)
-        shown = pa.array([redact(path) for path in listing.files["path"].to_pylist()], pa.large_string())
-        for name in self.answer.run["files"]["rejected"]:
-            table = read_table(folder.storage, folder.file(name), ["file", "row"])
-            table = table.filter(pc.is_valid(table["row"]))  # files that were skipped have no rows
-            files = pc.index_in(table["file"].cast(pa.large_string()), shown)
-            first = listing.files["first_row"].to_numpy()[files.to_numpy()]
-            set_bits(bits, np.asarray(first + table["row"].to_numpy(), np.int64))
+        names = self.answer.run["files"]["rejected"]
+        tables = (read_table(folder.storage, folder.file(name), ["file", "row"]) for name in names)
+        # files that were skipped have no rows
+        for rows in listing.numbers(table.filter(pc.is_valid(table["row"])) for table in tables):
+            set_bits(bits, rows)
         return bits
 
     def removed_by_group(self, column: str) -> dict[str | None, tuple[int, int]]:

@@ -421,8 +421,7 @@ def _tidy(folder: OutputFolder, clips: pa.Table) -> pa.Table:
 def _without_failed(folder: OutputFolder, clips: pa.Table, timeout: float) -> pa.Table:
     """Leave out clips that gave no vector within the same time; lists of others are removed."""
     storage = folder.storage
-    names = [name for name in storage.names(folder.file("rejected")) if name.startswith("clips-")]
-    paths = [folder.file("rejected", name) for name in names]
+    paths = [folder.file(name) for name in folder.rejected_clips()]
     failed = []
     for path, table in zip(paths, read_many(functools.partial(_failures, storage, timeout), paths), strict=True):
         if table is None or table.join(clips, list(_IDENTITY), join_type="inner").num_rows < table.num_rows:
@@ -468,9 +467,8 @@ def _keep(storage: Storage, path: str, stays: NDArray[np.bool_]) -> None:
 
 def _reasons(folder: OutputFolder) -> Counter[str]:
     reasons: Counter[str] = Counter()
-    for name in folder.storage.names(folder.file("rejected")):
-        if name.startswith("clips-"):
-            with folder.storage.open(folder.file("rejected", name)) as source:
-                counts = pc.value_counts(pq.read_table(source, columns=["reason"], partitioning=None)["reason"])
-            reasons.update({entry["values"]: entry["counts"] for entry in counts.to_pylist()})
+    for name in folder.rejected_clips():
+        with folder.storage.open(folder.file(name)) as source:
+            counts = pc.value_counts(pq.read_table(source, columns=["reason"], partitioning=None)["reason"])
+        reasons.update({entry["values"]: entry["counts"] for entry in counts.to_pylist()})
     return reasons

@@ -47,6 +47,11 @@ class OutputFolder:
         """A path below the folder."""
         return join(self.path, *names)
 
+    def rejected_clips(self) -> list[str]:
+        """Lists of the clips that gave no vector, as paths below the folder."""
+        names = self.storage.names(self.file("rejected"))
+        return [f"rejected/{name}" for name in names if name.startswith("clips-")]
+
     @property
     def plan_path(self) -> str:
         """The plan: written before any work starts."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import untwin
@@ -280,18 +279,14 @@ def check_every_row(outcome: Outcome, listing: Listing, folder: OutputFolder) ->
         ResultMismatchError: It is not so.
     """
     seen = empty_bitmap(listing.n_rows)
-    shown = pa.array([redact(path) for path in listing.files["path"].to_pylist()], pa.large_string())
     n_seen = 0
     storage, paths = folder.storage, [task.rows_path for task in collect(outcome, PairsTask)]
     for content in read_many(functools.partial(read_array, storage), paths):
         rows = np.asarray(content, np.int64)
         set_bits(seen, rows)
         n_seen += len(rows)
-    for path in _rejected_files(outcome):
-        table = read_table(storage, path, ["file", "row"])
-        files = pc.index_in(table["file"].cast(pa.large_string()), shown)
-        first = listing.files["first_row"].take(files.combine_chunks() if hasattr(files, "combine_chunks") else files)
-        rows = np.asarray(first.to_numpy() + table["row"].to_numpy(), np.int64)
+    rejected = (read_table(storage, path, ["file", "row"]) for path in _rejected_files(outcome))
+    for rows in listing.numbers(rejected):
         set_bits(seen, rows)
         n_seen += len(rows)
     n_distinct = int(np.bitwise_count(seen).sum())

@@ -68,7 +68,7 @@ _USUAL_EPS = 0.05
 """By which clusters are sorted in a run without eps."""
 _SOURCES = 30
 _BLOCK = 1 << 22
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("untwin")
 _DEFAULTS = {field.name: field.default for field in fields(RunParameters)}
 
 

@@ -207,8 +207,7 @@ class PreparedRun:
         record["files"]["rejected"] += write_skipped(self.listing, folder)
         if parameters.media is not None:
             record["media"] = folder.storage.read_json(folder.file(EMBEDDED))
-            names = folder.storage.names(folder.file("rejected"))
-            record["files"]["rejected"] += [f"rejected/{name}" for name in names if name.startswith("clips-")]
+            record["files"]["rejected"] += folder.rejected_clips()
         record["seconds"] = round(time.perf_counter() - started, 3)
         folder.abort_uploads()
         if self.executor.n_lost:

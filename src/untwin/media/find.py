@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from untwin.core.hashing import hash_bytes
-from untwin.errors import InputNotFoundError, ParameterError
+from untwin.errors import InputNotFoundError, ParameterError, one_line
 from untwin.storage.files import FoundFile, Storage, join, normalize_path, real_path, redact
 
 _VIDEO = "3gp asf avi flv m2ts m4v mkv mov mp4 mpe mpeg mpg mts mxf ogv rm rmvb ts vob webm wmv y4m"
@@ -227,9 +227,7 @@ def list_media(storage: Storage, folder: str | os.PathLike[str], *, any_ending: 
 
 def shown(value: object) -> str:
     """An id or a path for a message: on one line, and not endless."""
-    text = value if isinstance(value, str) else repr(value)
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: _SHOWN + 1])
-    return line if len(text) <= _SHOWN else line[:_SHOWN] + "…"
+    return one_line(value if isinstance(value, str) else repr(value), _SHOWN)
 
 
 def is_media(path: str) -> bool:

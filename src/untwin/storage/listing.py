@@ -9,7 +9,7 @@ import json
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -171,6 +171,14 @@ class Listing:
         # files without rows share their first row with the file behind them: the last of equals has the row
         file = np.searchsorted(first, rows, side="right") - 1
         return self.files["path"].take(pa.array(file)).to_pylist(), rows - first[file]
+
+    def numbers(self, tables: Iterable[pa.Table]) -> Iterator[NDArray[np.int64]]:
+        """The other way round: row numbers, for tables with the columns `file` (as messages name it) and `row`."""
+        first = self.files["first_row"].to_numpy()
+        names = pa.array([redact(path) for path in self.files["path"].to_pylist()], pa.large_string())
+        for table in tables:
+            file = pc.index_in(table["file"].cast(pa.large_string()), names).to_numpy()
+            yield np.asarray(first[file] + table["row"].to_numpy(), np.int64)
 
     def write(self, storage: Storage, path: str) -> None:
         """Write the listing as Parquet."""

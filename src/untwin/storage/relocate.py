@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from untwin.errors import DamagedFileError, OutputExistsError, UntwinError
+from untwin.errors import DamagedFileError, OutputExistsError, UntwinError, one_line
 from untwin.storage.files import Storage
 from untwin.storage.lock import LOCK
 
@@ -85,7 +85,7 @@ class UndoFile:
                     raise DamagedFileError(f"{self.path}: is damaged ({error}); repair it by hand") from error
         for name in (*self.moved, *self.made):
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise DamagedFileError(f"{self.path}: {_shown(name)} is no path below a folder; it is not followed")
+                raise DamagedFileError(f"{self.path}: {one_line(name)} is no path below a folder; it is not followed")
         if self.about and self.about.get("untwin_undo") != _UNDO_VERSION:
             raise DamagedFileError(f"{self.path}: was not made by this version of untwin")
 
@@ -190,13 +190,13 @@ def _is_there(target: str, source: str) -> bool:
         return False
     except NotADirectoryError:
         raise OutputExistsError(
-            f"{_shown(target)}: cannot be made for {_shown(source)}, a folder above it is a file; give another --to"
+            f"{one_line(target)}: cannot be made for {one_line(source)}, a folder above it is a file; give another --to"
         ) from None
 
 
 def _in_the_way(target: str) -> OutputExistsError:
     return OutputExistsError(
-        f"{_shown(target)}: is there already and is another file; nothing is overwritten: move it away, or give "
+        f"{one_line(target)}: is there already and is another file; nothing is overwritten: move it away, or give "
         "another --to"
     )
 
@@ -272,7 +272,7 @@ def put_back(undo: UndoFile) -> tuple[int, list[str]]:
     """
     media = undo.about["media"]
     if not Path(media).is_dir():
-        raise UntwinError(f"{_shown(media)}: is gone, so files cannot go back there; make it, or mount its disk")
+        raise UntwinError(f"{one_line(media)}: is gone, so files cannot go back there; make it, or mount its disk")
     todo: list[Moved] = []
     gone: list[str] = []
     for moved in undo.moved.values():
@@ -280,8 +280,8 @@ def put_back(undo: UndoFile) -> tuple[int, list[str]]:
         here, there = os.path.lexists(target), os.path.lexists(source)
         if here and there and not _is_the_same(source, target, moved):
             raise OutputExistsError(
-                f"{_shown(source)}: is there, and {_shown(target)} cannot go back; nothing is overwritten: move one "
-                "of them away"
+                f"{one_line(source)}: is there, and {one_line(target)} cannot go back; nothing is overwritten: move "
+                "one of them away"
             )
         if here:
             todo.append(moved)
@@ -368,7 +368,7 @@ def _move_across(source: str, target: str) -> None:
     """Copy a file to another disk, make sure that it is there, and remove the first one."""
     temporary = _copied(source, target)
     if temporary.stat().st_size != Path(source).stat().st_size:
-        raise UntwinError(f"{_shown(source)}: changed while it was copied; run again")
+        raise UntwinError(f"{one_line(source)}: changed while it was copied; run again")
     _sync(temporary)
     _rename(temporary, target)
     _sync(Path(target).parent)
@@ -435,15 +435,10 @@ def _same_content(one: str, other: str) -> bool:
 def _named(target: str) -> Iterator[None]:
     """Errors that name the file: a full disk, or a lack of permission."""
     try:
-        with Storage()._explained(_shown(target)):
+        with Storage()._explained(one_line(target)):
             yield
     except FileExistsError as error:
         raise _in_the_way(target) from error
-
-
-def _shown(path: str) -> str:
-    """A path for a message, whatever is in its name."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
 def _sync(path: str | Path) -> None:
