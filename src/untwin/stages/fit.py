@@ -65,9 +65,9 @@ class FitStage(Stage):
         # so many wait for a remote storage; for a disk each would only hold one more batch in memory
         read_map = map_ahead if is_remote(job.output_path) else context.map
         batches = list((spread or read_map)(partial(read_hashes, job.target), paths))
-        distinct = np.unique(
-            np.concatenate([np.empty(0, np.uint64), *(hashes for part in batches for _, hashes in part)])
-        )
+        every = [hashes for part in batches for _, hashes in part]
+        distinct = np.sort(np.concatenate([np.empty(0, np.uint64), *every]))
+        distinct = distinct[np.diff(distinct, prepend=~distinct[:1]) != 0]
         if not len(distinct):
             raise TooManyRejectedError(
                 "not one row of the sample can be judged: every embedding is null, empty, zero, not finite or of "
@@ -77,7 +77,7 @@ class FitStage(Stage):
                 "check the embedding column"
             )
         highest = distinct[min(len(distinct), job.plan.sample_rows) - 1]
-        del distinct
+        del every, distinct
         counts = [
             [(dim, int(np.searchsorted(hashes, highest, side="right"))) for dim, hashes in part] for part in batches
         ]
