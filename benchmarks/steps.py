@@ -5,9 +5,9 @@
 OUTPUT is the folder of a finished `untwin run`. Its clusters are read into memory; then, --repeat times in turn, are
 timed: a product of two 4,096 x 4,096 float32 matrices by NumPy, on as many threads; the comparison of the rows of
 every cluster (`match_ranked`, in rank order, threads over clusters, and inside a cluster that is too large a part of
-the work); and the assignment of all rows, in random order, to their nearest centroids (`NearestCentroid.assign`, in
-batches of the size that the run takes, threads over batches). The best of each counts. Where the cores are shared with
-other work, the figures by processor time (of all threads) say more than those by the clock.
+the work); and the assignment of all rows, in random order, to their nearest centroids (`NearestCentroid.labels` and
+`distances`, in batches of the size that the run takes, threads over batches). The best of each counts. Where the
+cores are shared with other work, the figures by processor time (of all threads) say more than those by the clock.
 
 Useful operations are what the plain method needs: for comparing each pair of a cluster once, n (n - 1) / 2 products of
 two vectors; for assigning N K products; each product 2 D operations. A method that does fewer gets credit for all.
@@ -79,7 +79,11 @@ def main() -> None:
         list(pool.map(lambda rows: match_ranked(rows, eps=arguments.eps, compare_to="kept"), ranked[len(alone) :]))
 
     def assign(pool: ThreadPoolExecutor) -> None:
-        list(pool.map(lambda low: nearest.assign(X[low : low + batch]), range(0, n, batch)))
+        def one(low: int) -> None:
+            rows = X[low : low + batch]
+            nearest.distances(rows, nearest.labels(rows))
+
+        list(pool.map(one, range(0, n, batch)))
 
     work: dict[str, tuple[Callable[[ThreadPoolExecutor], None], float]] = {
         "product": (product, 2.0 * _SIDE**3),

@@ -81,6 +81,24 @@ def test_nearest_equals_brute_force(n, dim, k, columns, monkeypatch):
     np.testing.assert_array_equal(NearestCentroid(C).order(X, count), want.argsort(axis=1, kind="stable")[:, :count])
 
 
+def test_distances_are_those_to_the_own_centroid_and_its_cosine():
+    X = clustered(3, 500, 24)
+    C = np.concatenate((X[:5], 0.3 * X[5:9], np.zeros((1, 24), np.float32), X[:1]))  # the last is a copy
+    found = NearestCentroid(C)
+    labels = found.labels(X).copy()
+    labels[100:105] = 9
+    sq_dist, cosine = found.distances(X, labels)
+    own = C[labels].astype(np.float64)
+    assert np.abs(sq_dist - ((X - own) ** 2).sum(axis=1)).max() < 1e-14
+    assert (sq_dist[:5] < 1e-14).all()
+    norms = np.sqrt((own**2).sum(axis=1) * (X.astype(np.float64) ** 2).sum(axis=1))
+    want = np.divide((X * own).sum(axis=1), norms, out=np.zeros(500), where=norms > 0)
+    assert np.abs(cosine - want).max() < 1e-14
+    assert (cosine[100:105] == 0).all()
+    for rows in (slice(0, 1), slice(7, 90)):
+        assert found.distances(X[rows], labels[rows])[0].tolist() == sq_dist[rows].tolist()
+
+
 def test_copies_of_a_centroid_have_no_place_in_the_order():
     X = clustered(0, 200, 5)
     order = NearestCentroid(X[[3, 7, 3, 9, 7]]).order(X, 4)
@@ -178,6 +196,23 @@ def test_a_cluster_that_loses_its_rows_splits_a_large_one():
     X = clustered(13, 1000, 8, n_centres=10, spread=0.05)
     got = fit(ArrayBlocks(X, hashes_of(1000)), 10, init=np.repeat(X[:1], 10, axis=0), n_neighbours=10)
     assert got.counts.min() > 20
+
+
+def test_centroids_of_single_rows_move_to_where_they_split_large_clusters_at_the_end_of_a_step():
+    X, far = clustered(5, 3200, 32, n_centres=16, spread=0.05), np.eye(32, dtype=np.float32)[:8]
+    rows, hashes = np.concatenate((far, X)), hashes_of(3208)
+    hashes[:8] = np.arange(8)  # in the rows of every step
+    start = np.concatenate((far, X[:8]))
+    blocks = ArrayBlocks(rows, hashes)
+    alone = fit(blocks, 16, init=start, n_neighbours=16)
+    assert (alone.counts == 1).sum() >= 4
+    grown = fit(blocks, 16, init=start, n_neighbours=16, growth=[(800, 10), (1600, 10)])
+    assert grown.counts.min() > 20
+    assert grown.inertia < 0.7 * alone.inertia
+    # where clusters are small on average, small ones stay
+    few = np.concatenate((far, X[:40]))
+    kept = fit(ArrayBlocks(few, hashes[:48]), 16, init=start, n_neighbours=16, growth=[(48, 10)])
+    assert (kept.counts == 1).sum() >= 4
 
 
 def test_a_step_of_growth_fits_on_the_rows_with_the_smallest_hashes():

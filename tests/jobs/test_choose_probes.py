@@ -65,7 +65,7 @@ def smallest(truth, eps, target):
     return next(probes for probes in range(1, MOST + 1) if truth.recall(eps, probes) >= target)
 
 
-@pytest.mark.parametrize("n_clusters", [2, 8, 60, 300])
+@pytest.mark.parametrize("n_clusters", [3, 8, 60, 300])
 def test_from_all_rows_the_fewest_probes_are_chosen_that_reach_the_target(clustered, n_clusters):
     assert MAX_PROBES == MOST
     output, truth = clustered(n_clusters)

@@ -41,6 +41,8 @@ _SMALL_PRODUCT = 250_000
 _SCALABLE_ROUNDS = 5
 _OVERSHOOT = np.float32(0.7)
 """How much farther than to its mean a centroid moves, as a part of the way there."""
+_SMALL_CLUSTER = 4
+"""Rows of a cluster that is not worth a centroid where eight times as many are the average."""
 _PROPOSALS = 128
 _STEP_VALUES = 1 << 16
 """Numbers of rows that are gone through at a time, so that memory holds few temporary ones."""
@@ -146,9 +148,9 @@ class NearestCentroid:
         self._index = np.flatnonzero(~copy).astype(np.int32)
         self._place = np.searchsorted(self._index, np.where(copy, first[group], np.arange(len(centroids))))
         self._centroids = centroids if not copy.any() else centroids[self._index]
-        squares = rowwise_dot(self._centroids, self._centroids)
-        self._half_squares = (squares / 2).astype(np.float32)
-        largest = float(np.sqrt(squares.max(initial=0.0)))
+        self._squares = rowwise_dot(self._centroids, self._centroids)
+        self._half_squares = (self._squares / 2).astype(np.float32)
+        largest = float(np.sqrt(self._squares.max(initial=0.0)))
         dim = centroids.shape[1]
         # As `product_error`, for centroids of any norm, and with the rounding of |c|^2 / 2 and of its
         # subtraction; and with room for a centroid in the place of the row.
@@ -166,6 +168,25 @@ class NearestCentroid:
         labels = self.labels(X)
         at = np.searchsorted(self._index, labels)
         return labels, pair_squared_distance(X, np.arange(len(X)), self._centroids, at)
+
+    def distances(self, X: Float32, labels: Int32) -> tuple[Float64, Float64]:
+        """Squared Euclidean distance of each row to its centroid, and its cosine similarity to that.
+
+        Both come from one dot product, |x - c|^2 = |x|^2 - 2 x.c + |c|^2, in float64 and in fixed order. The distance
+        is off by up to 2^-50; `assign`, which sums squares of differences, gives 0 for a row that equals its centroid.
+
+        Args:
+            X: (n, D) float32 unit rows, C-contiguous.
+            labels: (n,) int32, as `labels` gives them.
+
+        Returns:
+            Two arrays (n,) float64; the cosine to a centroid at the origin is 0.
+        """
+        at = np.searchsorted(self._index, labels)
+        dots, squares, own = rowwise_dot(X, self._centroids[at]), rowwise_dot(X, X), self._squares[at]
+        scale = np.sqrt(own * squares)
+        cosine = np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
+        return np.maximum(squares - 2 * dots + own, 0), cosine
 
     def order(self, X: Float32, count: int) -> Int32:
         """The centroids nearest to each row, nearest first.
@@ -278,16 +299,22 @@ class NearestCentroid:
             products = scratch[: len(X) * width].reshape(len(X), width)
             np.matmul(X, self._centroids[columns].T, out=products)
             np.subtract(products, self._half_squares[columns], out=products)
-            np.maximum(top, products.max(axis=1), out=top)
-            flat = np.flatnonzero(products >= float32_below(top - 2 * self._error)[:, None])
-            i, j = np.divmod(flat, width)
-            found.append((i, j + columns.start, products.reshape(-1)[flat]))
-        if len(found) == 1:
-            i, j, _ = found[0]
-        else:
-            i, j, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
-            close = score >= float32_below(top - 2 * self._error)[i]
-            i, j = i[close], j[close]
+            at = products.argmax(axis=1)
+            own = at + np.arange(0, products.size, width)
+            largest = products.reshape(-1).take(own)
+            np.maximum(top, largest, out=top)
+            bar = float32_below(top - 2 * self._error)
+            # where no second product comes near, the largest is all there is
+            products.reshape(-1)[own] = -np.inf
+            several = np.flatnonzero(products.max(axis=1) >= bar)
+            one = np.flatnonzero(largest >= bar)
+            found.append((one, at[one] + columns.start, largest[one]))
+            i, j = np.divmod(np.flatnonzero(products.take(several, axis=0) >= bar[several, None]), width)
+            i = several[i]
+            found.append((i, j + columns.start, products[i, j]))
+        i, j, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        close = score >= float32_below(top - 2 * self._error)[i]
+        i, j = i[close], j[close]
         return self._settle(X, i, j)
 
     def _settle(
@@ -571,6 +598,8 @@ def fit(
     growth
         (rows, iterations) of steps before the one on all rows, with `n_neighbours` only: so many iterations at most
         on so many rows, those with the smallest hashes. The first iteration of each step compares with all centroids.
+        At the end of a step, centroids of four rows or fewer (and of an eighth of the average) go to where they split
+        the largest clusters: those of rows far from all others would stay there for good.
     seed
         Any integer.
     executor_map
@@ -835,6 +864,10 @@ class _Fit:
                 last = step == len(steps) and iteration == max_iter
                 if n_neighbours is not None and n_iter > 1 and not last:
                     centroids[full] += _OVERSHOOT * shift[full].astype(np.float32)
+            if step < len(steps):
+                small = counts <= min(_SMALL_CLUSTER, counts.sum() // (8 * self.n_clusters))
+                moved = self._halves(centroids, np.where(small, 0, counts), label, int(small.sum()), ~n_iter)
+                centroids[np.flatnonzero(small)[: len(moved)]] = moved
         return self._result(centroids, n_iter, label, n_neighbours)
 
     def _finder(self, centroids: Float32, n_neighbours: int | None, counts: Int64) -> _Find:

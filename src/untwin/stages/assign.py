@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from untwin.core import NearestCentroid, blocks, hash_rows, rowwise_dot
+from untwin.core import NearestCentroid, blocks, hash_rows
 from untwin.stages.base import Context, Stage, Task, Upstream
 from untwin.stages.clustering import (
     IDS_SEED_1,
@@ -37,7 +37,7 @@ class AssignStage(Stage):
     def __init__(self, clustering: Clustering) -> None:
         self._clustering = clustering
         self._centroids: CentroidsTask | None = None
-        self._model: _Model | None = None
+        self._nearest: NearestCentroid | None = None
 
     def units(self, upstream: Upstream) -> Sequence[Task]:
         """The plan's input units."""
@@ -55,31 +55,16 @@ class AssignStage(Stage):
         """Assign a unit."""
         job, model = self._clustering, self._centroids
         assert model is not None
-        if self._model is None:
-            self._model = _Model(np.asarray(read_array(job.target, model.path), np.float32))
-        return _Assignment(job, model, self._model, task).run()
-
-
-class _Model:
-    """The centroids, prepared for assigning."""
-
-    def __init__(self, centroids: NDArray[np.float32]) -> None:
-        self.centroids = centroids
-        self.norms = np.sqrt(rowwise_dot(centroids, centroids))
-        self.nearest = NearestCentroid(centroids)
-
-    def cosine(self, vectors: NDArray[np.float32], labels: NDArray[np.int32]) -> NDArray[np.float64]:
-        """Cosine of each row to its centroid, in fixed order; 0 where the centroid is the origin."""
-        dots = rowwise_dot(vectors, self.centroids[labels])
-        scale = self.norms[labels] * np.sqrt(rowwise_dot(vectors, vectors))
-        return np.asarray(np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0))
+        if self._nearest is None:
+            self._nearest = NearestCentroid(np.asarray(read_array(job.target, model.path), np.float32))
+        return _Assignment(job, model, self._nearest, task).run()
 
 
 class _Assignment:
     """One unit: its rows with their clusters, as shards, and what else is known of it."""
 
-    def __init__(self, job: Clustering, facts: CentroidsTask, model: _Model, task: InputTask) -> None:
-        self._job, self._facts, self._model, self._task = job, facts, model, task
+    def __init__(self, job: Clustering, facts: CentroidsTask, nearest: NearestCentroid, task: InputTask) -> None:
+        self._job, self._facts, self._nearest, self._task = job, facts, nearest, task
         self._group_of = np.repeat(
             np.arange(len(facts.group_starts) - 1, dtype=np.int32), np.diff(np.array(facts.group_starts))
         )
@@ -126,8 +111,8 @@ class _Assignment:
         keys[3] = part.columns[ROW].to_numpy()
         for rows in blocks(n_rows, job.batch_rows(self._facts.dim)):
             vectors = part.vectors[rows]
-            labels[rows], sq_dist = self._model.nearest.assign(vectors)
-            cosine = self._model.cosine(vectors, labels[rows])
+            labels[rows] = self._nearest.labels(vectors)
+            sq_dist, cosine = self._nearest.distances(vectors, labels[rows])
             distances[0, rows], distances[1, rows] = np.sqrt(sq_dist), 1.0 - cosine
             self._sums += sq_dist.sum(), cosine.sum()
             some = ids.slice(rows.start, rows.stop - rows.start)
