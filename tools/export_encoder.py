@@ -10,7 +10,7 @@ The graph takes frames (n, 56, 56, 3) uint8, RGB, enlarges them to the 224 x 224
 gives square roots of its features, (n, 1280) float32. Both make the vectors of poor copies more like those of the
 originals: details are what compression destroys first, and a square root keeps a few strong features from deciding
 alone (Arandjelovic and Zisserman, "Three things everyone should know to improve object retrieval", 2012, for other
-features). docs/media.md has what each is worth.
+features).
 
 Weights are stored in half precision and computed with in single precision. The script ends with an error if what the
 graph gives for random and for smooth frames differs from what the original network gives by more than a cosine of
