@@ -1,8 +1,8 @@
 """Time and memory against the number of rows, for `untwin run` and the baselines; as JSON, and as a chart.
 
-    python benchmarks/scaling.py --rows 100000 250000 1000000 2000000 4000000 --at-most semhash=1000000 \\
-        --json scaling.json --chart docs/scaling.png
-    python benchmarks/scaling.py --draw scaling.json --chart docs/scaling.png      # only the chart, from saved figures
+    python benchmarks/scaling.py --rows 100000 250000 1000000 2000000 4000000 \\
+        --at-most semhash=1000000 semdedup=1000000 --json scaling.json --chart docs/images/scaling.png
+    python benchmarks/scaling.py --draw scaling.json --chart docs/images/scaling.png  # only the chart
 
 For each number of rows the data are made with generate.py and removed again, unless --workdir keeps them. Times are
 those of end_to_end.py: medians over --repeat turns, without the import of a baseline's libraries.
@@ -31,7 +31,7 @@ def draw(saved: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for panel, figure_of, factor, label in (
         (panels[0], "seconds", 1.0, "seconds"),
         (panels[1], "peak_bytes", 1e-9, "peak memory, GB"),
@@ -41,7 +41,7 @@ def draw(saved: dict[str, Any], path: Path) -> None:
             panel.plot(*zip(*points, strict=True), marker="o", label=_LABELS.get(name, name))
         panel.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
         panel.grid(which="both", alpha=0.3)
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     given, about = saved["parameters"], saved["machine"]
     figure.suptitle(f"{given['layout']}, dimension {given['dim']}, eps {given['eps']}, {about['cores']} cores")
     figure.savefig(path, dpi=110, metadata={"Software": None})
