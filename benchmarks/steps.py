@@ -97,7 +97,7 @@ def main() -> None:
                 clock, cpu = time.perf_counter(), time.process_time()
                 step(pool)
                 taken[name].append((time.perf_counter() - clock, time.process_time() - cpu))
-    print(f"{n:,} rows x {dim}, {n_clusters:,} clusters, {workers} threads")
+    print(f"{n:,} rows x {dim}, {n_clusters:,} clusters (skew {n_clusters * squares / n**2:.2f}), {workers} threads")
     rates = {
         name: [flops / min(times) for times in zip(*taken[name], strict=True)] for name, (_, flops) in work.items()
     }
