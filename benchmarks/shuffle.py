@@ -30,7 +30,7 @@ import pyarrow as pa
 from measure import introduce, print_table, save
 from untwin.storage.columns import vector_array
 from untwin.storage.files import Storage, join
-from untwin.storage.shards import Slices, make_shard, read_batch, shard_schema, write_batches, write_shard
+from untwin.storage.shards import Slices, make_shard, shard_schema, write_shard
 
 DIM = 512
 KEYS = {"key": "shuffle", "secret": "shuffle"}
@@ -68,12 +68,12 @@ def write(storage: Storage, folder: str, n_shards: int, n_groups: int, rows: int
         shard = make_shard(side, vectors, labels, group_of, n_groups)
         write_shard(storage, join(folder, f"{number:06d}.arrow"), shard)
         schema = shard_schema(side.schema, DIM)
-        batches = []
-        for group in range(n_groups):
-            part = shard.group(group)
-            arrays = [*part.columns.columns, pa.array(part.labels), vector_array(vectors[part.at])]
-            batches.append(pa.record_batch(arrays, schema=schema))
-        write_batches(storage, join(folder, "plain", f"{number:06d}.arrow"), schema, batches)
+        path = join(folder, "plain", f"{number:06d}.arrow")
+        with storage.writing(path) as sink, pa.ipc.new_file(sink, schema) as writer:
+            for group in range(n_groups):
+                part = shard.group(group)
+                arrays = [*part.columns.columns, pa.array(part.labels), vector_array(vectors[part.at])]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
     return [f"{number:06d}.arrow" for number in range(n_shards)]
 
 
@@ -84,7 +84,8 @@ def readers(storage: Storage, folder: str, names: list[str], n_groups: int) -> d
 
     def plainly(group: int) -> Iterator[int]:
         for name in names:
-            yield read_batch(storage, join(folder, "plain", name), group).num_rows
+            with storage.open(join(folder, "plain", name)) as source, pa.ipc.open_file(source) as reader:
+                yield reader.get_batch(group).num_rows
 
     return {
         "slices": lambda group: sum(len(part) for part in slices.rows(storage, group)),

@@ -1,6 +1,8 @@
 """What the figures of the benchmarks rest on: the data, the copy, the measuring of a process, and recall."""
 
+import importlib
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -119,3 +121,8 @@ def test_the_baseline_of_embedding_decodes_and_encodes_the_same_frames(tmp_path)
     ours = frames(path, 8, size=(56, 56), fit=encoder.resize).frames
     assert np.array_equal(embed._bare_frames(path, 56, 56), ours)
     np.testing.assert_allclose(embed._bare_vector(path, encoder.path), encoder.encode(ours), atol=1e-6)
+
+
+@pytest.mark.parametrize("path", sorted(Path(measure.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_finds_what_it_takes_from_the_product(path):
+    importlib.import_module(path.stem)
