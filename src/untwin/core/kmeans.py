@@ -43,6 +43,8 @@ _OVERSHOOT = np.float32(0.7)
 """How much farther than to its mean a centroid moves, as a part of the way there."""
 _SMALL_CLUSTER = 4
 """Rows of a cluster that is not worth a centroid where eight times as many are the average."""
+_EXACT_ROWS = 1 << 12
+"""Whose elements of at most 1, with 40 bits of fraction, float64 sums exactly."""
 _PROPOSALS = 128
 _STEP_VALUES = 1 << 16
 """Numbers of rows that are gone through at a time, so that memory holds few temporary ones."""
@@ -251,20 +253,23 @@ class NearestCentroid:
         rows = X if (old[1:] >= old[:-1]).all() else X.take(order, axis=0)
         old = old[order]
         starts = np.flatnonzero(np.diff(old, prepend=-1))
-        near = neighbours[old]
-        scores = np.empty(near.shape, np.float32)
+        scores = np.empty((len(rows), neighbours.shape[1]), np.float32)
         if self._centroids.size * len(rows) < _SMALL_PRODUCT * len(starts):
             for part in slices_of(len(rows), _ASSIGN_ROWS):
-                scores[part] = np.take_along_axis(rows[part] @ self._centroids.T, near[part], axis=1)
+                products = rows[part] @ self._centroids.T
+                products -= self._half_squares
+                scores[part] = np.take_along_axis(products, neighbours[old[part]], axis=1)
         else:
-            for lo, hi in zip(starts, [*starts[1:], len(rows)], strict=True):
-                np.matmul(rows[lo:hi], self._centroids.take(near[lo], axis=0).T, out=scores[lo:hi])
-        scores -= self._half_squares[near]
+            for lo, hi in pairwise([*starts.tolist(), len(rows)]):
+                near, some = neighbours[old[lo]], scores[lo:hi]
+                np.matmul(rows[lo:hi], self._centroids.take(near, axis=0).T, out=some)
+                some -= self._half_squares[near]
         # |x|^2 is 1 up to 2^-22, and |x - c|^2 = 1 - 2 score.
         scores[:, 0] = 0.5 - times[old] * (0.5 - scores[:, 0])
         error = (1 + times[old]) * (self._error + 2.0**-22)
         flat = np.flatnonzero(scores >= float32_below(scores.max(axis=1) - error)[:, None])
-        found = self._settle(rows, flat // near.shape[1], near.reshape(-1)[flat], near[:, 0], times[old])
+        i, place = np.divmod(flat, scores.shape[1])
+        found = self._settle(rows, i, neighbours[old[i], place], neighbours[old, 0], times[old])
         labels = np.empty(len(rows), np.int32)
         labels[order] = self._index[found]
         return labels
@@ -351,25 +356,31 @@ class _Sums:
         self._touched = np.zeros(n_clusters, np.bool_)
         self._lock = threading.Lock()
 
-    def move(self, values: Int64, old: Int32, new: Int32) -> None:
-        """Move rows of fixed-point values from their old clusters (-1: none) to their new ones."""
+    def move(self, values: Float64, old: Int32, new: Int32) -> None:
+        """Move rows of fixed-point values, whole numbers, from their old clusters (-1: none) to their new ones."""
         self._add(values, new, 1)
-        settled = old >= 0
-        self._add(values[settled], old[settled], -1)
+        settled = np.flatnonzero(old >= 0)
+        if len(settled) < len(old):
+            values, old = values.take(settled, axis=0), old[settled]
+        self._add(values, old, -1)
         with self._lock:
             self.n_moved += len(new)
 
-    def _add(self, values: Int64, label: Int32, sign: int) -> None:
+    def _add(self, values: Float64, label: Int32, sign: int) -> None:
         if not len(label):
             return
-        order = np.argsort(label, kind="stable")
-        starts = np.flatnonzero(np.diff(label[order], prepend=-1))
+        if (label[1:] < label[:-1]).any():
+            order = np.argsort(label, kind="stable")
+            values, label = values.take(order, axis=0), label[order]
+        starts = np.flatnonzero(np.diff(label, prepend=-1))
         ends = np.append(starts[1:], len(label))
         part = np.empty((len(starts), values.shape[1]), np.int64)
-        values = values[order]
         for at, (lo, hi) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-            np.add.reduce(values[lo:hi], axis=0, out=part[at])
-        self.apply((label[order[starts]], sign * part, sign * (ends - starts), 0))
+            some = values[lo:hi] if hi - lo <= _EXACT_ROWS else values[lo:hi].astype(np.int64)
+            part[at] = np.add.reduce(some, axis=0)
+        if sign < 0:
+            np.negative(part, out=part)
+        self.apply((label[starts], part, sign * (ends - starts), 0))
 
     def change(self) -> _Change:
         """What was added: the clusters that it is about, their sums, their counts, rows moved."""
@@ -431,7 +442,7 @@ class _Relabel:
         moved = np.flatnonzero(new != old)
         if len(moved):
             values = np.multiply(X[moved], 2.0**self.bits, dtype=np.float64)
-            sums.move(np.rint(values, out=values).astype(np.int64), old[moved], new[moved])
+            sums.move(np.rint(values, out=values), old[moved], new[moved])
         return (new,)
 
 
