@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from untwin.backends.base import NoProgress, Progress
 from untwin.errors import InputNotFoundError, OutputExistsError, ParameterError, ResourceError, UntwinError
 from untwin.jobs.decisions import Decisions
-from untwin.jobs.output import OutputFolder
+from untwin.jobs.output import KEPT_LIST, MANIFEST, REMOVED_LIST, OutputFolder
 from untwin.jobs.run import show_bytes
 from untwin.media.find import MediaFolder, list_media, shown
 from untwin.storage.files import Storage, is_remote, join, normalize_path, real_path, redact
@@ -47,7 +47,6 @@ from untwin.storage.relocate import (
 MODES = ("parquet", "list", "link", "copy", "move", "manifest")
 ON_FILES = ("link", "copy", "move")
 ON_MEDIA = (*ON_FILES, "manifest")
-KEPT_LIST, REMOVED_LIST, MANIFEST = "kept.txt", "removed.txt", "remove.csv"
 _NAMED = 5
 _BATCH_ROWS = 1 << 16
 _READ_BYTES = 1 << 20

@@ -197,7 +197,6 @@ def embed_into(
             write_clips(storage, work, left)
             stage = EmbedStage(
                 storage,
-                storage,
                 work,
                 left.num_rows,
                 folder.path,

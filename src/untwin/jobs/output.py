@@ -17,12 +17,13 @@ from untwin.storage.lock import LOCK
 
 FORMAT_VERSION = 1
 _TEMPORARY = r"_tmp-[0-9a-f]{32}"
-_LISTS = ("kept.txt", "removed.txt", "remove.csv")
+_LISTS = KEPT_LIST, REMOVED_LIST, MANIFEST = "kept.txt", "removed.txt", "remove.csv"
 """What `untwin apply` lists in the folder of an answer."""
 _OURS = re.compile(
     r"embeddings/part-[0-9a-f]+\.parquet|_embed\.json|_embed/.*|rejected/clips-[0-9a-f]+\.parquet|"
     r"(?:eps=[^/]+/)?(?:"
-    r"run\.json|report\.html|kept\.txt|removed\.txt|remove\.csv|_lock\.json|_done/(?:.*/)?[^/]+\.json|groups\.parquet|_plan/(?:plan\.json|listing\.parquet)|(?:_work|_audit)/.*|"
+    rf"run\.json|report\.html|{'|'.join(map(re.escape, _LISTS))}|_lock\.json|groups\.parquet|(?:_work|_audit)/.*|"
+    r"_done/(?:.*/)?[^/]+\.json|_plan/(?:plan\.json|listing\.parquet)|"
     r"kmeans/(?:_centroids\.npy|_work/.*|centroid=\d+/part-\d+\.parquet)|"
     r"pairwise/(?:cluster_\d+\.parquet|_rows/unit-\d+\.npy|_work/.*)|"
     r"duplicates/(?:part-\d+\.parquet|_kept\.bits|_work/.*)|"
@@ -30,8 +31,6 @@ _OURS = re.compile(
     r"kept/(?:part-\d+(?:_\d+)?\.(?:parquet|jsonl|ndjson)|(?:img_emb|metadata)_\d+\.(?:npy|parquet)|_work/.*)|"
     rf"(?:[^/]+/)*{_TEMPORARY})"
 )
-
-
 _OF_EMBEDDINGS = re.compile(r"embeddings(?:/.*)?|_embed(?:/.*)?|_embed\.json|rejected/clips-.*")
 """What embedding wrote before the run, which goes on from there."""
 

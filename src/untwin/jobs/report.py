@@ -40,6 +40,7 @@ from untwin.jobs.report_rows import (
 )
 from untwin.jobs.result import Audit
 from untwin.jobs.run import parameters_of
+from untwin.media.encoder import BUILT_IN
 from untwin.media.find import MediaFolder
 from untwin.report.collect import (
     ScoreCounts,
@@ -63,7 +64,6 @@ _PAIRS, _PAIRS_WITH_PICTURES = 400, 160
 _PAIRS_OF_INTERVAL = 100
 _GROUPS, _MEMBERS = 12, 24
 _CLUSTERS, _CLUSTER_SIZES = 20, 500
-_BUILT_IN_ENCODER = "efficientnet-lite0"
 _USUAL_EPS = 0.05
 """By which clusters are sorted in a run without eps."""
 _SOURCES = 30
@@ -620,6 +620,6 @@ def _embedding_options(made: Mapping[str, Any]) -> list[str]:
     words = []
     if made.get("frames", EmbedParameters.frames) != EmbedParameters.frames:
         words += ["--frames", str(made["frames"])]
-    if made.get("encoder", _BUILT_IN_ENCODER) != _BUILT_IN_ENCODER:
+    if made.get("encoder", BUILT_IN) != BUILT_IN:
         words += ["--encoder", f"{made['encoder']}.onnx"]
     return words

@@ -243,7 +243,7 @@ def parse_options(text: str, origin: str) -> dict[str, Any]:
     return found
 
 
-_BUILT_IN_OPTIONS = {"name": "efficientnet-lite0", "layout": "nhwc", "eps": 0.1}
+_BUILT_IN_OPTIONS = {"name": BUILT_IN, "layout": "nhwc", "eps": 0.1}
 
 
 def model_file(path: str) -> Path:

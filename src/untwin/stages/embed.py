@@ -105,8 +105,7 @@ class EmbedStage(Stage):
     Writes `embeddings/part-*.parquet`, and `rejected/clips-*.parquet` for clips that give no vector.
 
     Args:
-        source: Access to the clips.
-        target: Access to the output.
+        storage: Access to the clips and to the output.
         clips: What to embed, as a table in a file that `read_clips` reads.
         n_clips: In it.
         output_path: Folder for both.
@@ -119,8 +118,7 @@ class EmbedStage(Stage):
 
     def __init__(
         self,
-        source: Storage,
-        target: Storage,
+        storage: Storage,
         clips: str,
         n_clips: int,
         output_path: str,
@@ -129,14 +127,14 @@ class EmbedStage(Stage):
         timeout: float,
         clip_memory: int,
     ) -> None:
-        self._source, self._target = source, target
+        self._storage = storage
         self._clips, self._n_clips, self._output_path = clips, n_clips, output_path
         self._recipe, self._timeout, self._clip_memory = recipe, timeout, clip_memory
 
     @property
     def place(self) -> tuple[Storage, str]:
         """The folder that the stage writes to."""
-        return self._target, self._output_path
+        return self._storage, self._output_path
 
     def units(self, upstream: Upstream) -> Sequence[EmbedTask]:
         """Runs of clips: 256, or fewer where there are few, so that no thread waits long for the last one."""
@@ -157,18 +155,18 @@ class EmbedStage(Stage):
 
     def process(self, task: EmbedTask, context: Context) -> EmbeddedTask:
         """Embed some clips, and write them."""
-        clips = read_clips(self._target, self._clips, task.first, task.end)
-        work = functools.partial(embed_clip, self._source, self._recipe)
+        clips = read_clips(self._storage, self._clips, task.first, task.end)
+        work = functools.partial(embed_clip, self._storage, self._recipe)
         outcomes = list(_workers(work, self._timeout, self._clip_memory).map(clips))
         key = hashlib.sha256(json.dumps([[clip.path, clip.version] for clip in clips]).encode()).hexdigest()[:16]
         good = [(c, found.value) for c, found in zip(clips, outcomes, strict=True) if not isinstance(found, Problem)]
         bad = [(c, found.reason) for c, found in zip(clips, outcomes, strict=True) if isinstance(found, Problem)]
         if bad:
             path = join(self._output_path, "rejected", f"clips-{key}.parquet")
-            _write_rejected(self._target, path, {**self._recipe.described(), "timeout": self._timeout}, bad)
+            _write_rejected(self._storage, path, {**self._recipe.described(), "timeout": self._timeout}, bad)
         if good:
             path = join(self._output_path, "embeddings", f"part-{key}.parquet")
-            _write(self._target, path, self._recipe, [clip for clip, _ in good], [found for _, found in good])
+            _write(self._storage, path, self._recipe, [clip for clip, _ in good], [found for _, found in good])
         seconds = sum(found.facts[0] or 0.0 for _, found in good)
         return EmbeddedTask(task.unit, task.n_rows, len(good), len(bad), seconds)
 
