@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from untwin.core.hashing import hash_integers, hash_rows, mix_seed, uniform
 from untwin.core.vectors import blocks as slices_of
-from untwin.core.vectors import float32_below, pair_squared_distance, rowwise_dot
+from untwin.core.vectors import float32_below, pair_dot_and_squares, pair_squared_distance, rowwise_dot
 from untwin.errors import ParameterError
 
 Float32 = npt.NDArray[np.float32]
@@ -185,7 +185,7 @@ class NearestCentroid:
             Two arrays (n,) float64; the cosine to a centroid at the origin is 0.
         """
         at = np.searchsorted(self._index, labels)
-        dots, squares, own = rowwise_dot(X, self._centroids[at]), rowwise_dot(X, X), self._squares[at]
+        dots, squares, own = *pair_dot_and_squares(X, self._centroids, at), self._squares[at]
         scale = np.sqrt(own * squares)
         cosine = np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
         return np.maximum(squares - 2 * dots + own, 0), cosine

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_CHUNK_ELEMENTS = 1 << 15
-"""Elements of float64 scratch per step (256 KB), so that a step stays in a core's own cache."""
+_CHUNK_ELEMENTS = 1 << 17
+"""Elements of float64 scratch per step (1 MB): more would leave the caches, fewer cost more calls, for each of which
+threads wait for the interpreter."""
 
 _SAFE_SQUARED_NORM = (1e-100, 1e100)
 """Within these limits no square that matters under- or overflows."""
@@ -40,7 +41,7 @@ def blocks(n: int, size: int) -> Iterator[slice]:
 
 
 def chunk_rows(dim: int) -> int:
-    """Rows of `dim` elements that are worked on at a time so that scratch stays in cache."""
+    """Rows of `dim` elements that are worked on at a time."""
     return max(1, _CHUNK_ELEMENTS // max(dim, 1))
 
 
@@ -109,6 +110,24 @@ def pair_dot(
     for pairs in blocks(len(i), step):
         _dot_into(out[pairs], X.take(i[pairs], axis=0), Y.take(j[pairs], axis=0), left, right)
     return out
+
+
+def pair_dot_and_squares(
+    X: npt.NDArray[np.float32], Y: npt.NDArray[np.float32], j: npt.NDArray[np.intp]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """`pair_dot` of each row of X with `Y[j]`, and `rowwise_dot` of X with itself, converting X once; both (n,)."""
+    dots, squares = np.empty((2, len(X)), np.float64)
+    step = chunk_rows(X.shape[1])
+    left, right = np.empty((2, min(step, len(X)), X.shape[1]), np.float64)
+    for rows in blocks(len(X), step):
+        a, b = left[: rows.stop - rows.start], right[: rows.stop - rows.start]
+        np.copyto(a, X[rows])
+        np.copyto(b, Y.take(j[rows], axis=0))
+        np.multiply(a, b, out=b)
+        np.add.reduce(b, axis=1, out=dots[rows])
+        np.multiply(a, a, out=a)
+        np.add.reduce(a, axis=1, out=squares[rows])
+    return dots, squares
 
 
 def pair_squared_distance(
