@@ -73,6 +73,23 @@ def test_whole_rows_come_from_memory_as_far_as_they_are_held(listing, limit):
     assert room.used == 0
 
 
+def test_columns_of_rows_that_are_held_come_from_memory_and_these_stay(listing):
+    n_pieces = len(listing.groups().rows)
+    plain = table_of(read(listing, [0, n_pieces], None, Space()))
+    room = Space(1 << 30)
+    read(listing, [3, 6], WANTED, room, hold=True)
+    used = room.used
+    batches = read(listing, [0, n_pieces], ["tag", "id"], room)
+    assert table_of(batches).equals(plain.select(["tag", "id"]))
+    held = {
+        row for batch in batches if batch.held for row in range(batch.first_row, batch.first_row + len(batch.columns))
+    }
+    assert held <= set(range(3 * 70, 6 * 70)) and len(held) > 0.8 * 3 * 70  # those put together are copies
+    assert room.used == used > 0
+    assert table_of(read(listing, [0, n_pieces], None, room)).equals(plain)
+    assert room.used == 0
+
+
 def test_whole_rows_are_held_once(listing):
     room = Space(1 << 30)
     n_pieces = len(listing.groups().rows)

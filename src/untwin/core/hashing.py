@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from untwin.core.vectors import blocks, chunk_rows
+from untwin.core.vectors import blocks, chunk_rows, scratch_arrays
 
 _U64 = 0xFFFF_FFFF_FFFF_FFFF
 _GOLDEN = 0x9E37_79B9_7F4A_7C15
@@ -115,18 +115,18 @@ def hash_rows(X: npt.NDArray[np.float32], seed: int) -> npt.NDArray[np.uint64]:
     out = np.empty(n, np.uint64)
     n_words = (dim + 1) // 2
     weights = hash_integers(np.arange(1, n_words + 1, dtype=np.int64), mix_seed(seed, 1)) | np.uint64(1)
-    step = chunk_rows(dim)
-    padded = np.zeros((min(n, step), 2 * n_words), np.float32)
-    for rows in blocks(n, step):
-        block = padded[: rows.stop - rows.start]
+    scratch = scratch_arrays(3, n, n_words).view(np.uint64)
+    for rows in blocks(n, chunk_rows(n_words)):
+        words, shifted, pairs = scratch[:, : rows.stop - rows.start]
+        block = words.view(np.float32)
         np.add(X[rows], np.float32(0.0), out=block[:, :dim])  # -0.0 + 0.0 is 0.0
-        words = block.view(np.uint64)
+        block[:, dim:] = 0
         if sys.byteorder == "big":
             words = words << np.uint64(32) | words >> np.uint64(32)
         # A product passes differences upwards only (two flipped signs would cancel): fold before and after.
-        pairs = words ^ (words >> np.uint64(29))
+        np.bitwise_xor(words, np.right_shift(words, np.uint64(29), out=shifted), out=pairs)
         np.multiply(pairs, weights, out=pairs)
-        np.bitwise_xor(pairs, pairs >> np.uint64(32), out=pairs)
+        np.bitwise_xor(pairs, np.right_shift(pairs, np.uint64(32), out=shifted), out=pairs)
         out[rows] = _finish(np.add.reduce(pairs, axis=1) ^ np.uint64(mix_seed(seed, 2)))
     return out
 

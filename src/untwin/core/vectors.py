@@ -5,6 +5,7 @@ Also the error bound of a float32 matrix product, which says when the fixed-orde
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
@@ -45,6 +46,19 @@ def chunk_rows(dim: int) -> int:
     return max(1, _CHUNK_ELEMENTS // max(dim, 1))
 
 
+_scratch = threading.local()
+
+
+def scratch_arrays(count: int, n: int, dim: int) -> npt.NDArray[np.float64]:
+    """(count, rows, dim) for the rows of a step of n: this thread's, until it asks again. Fresh memory costs more."""
+    rows = min(chunk_rows(dim), n)
+    size = count * rows * dim
+    if not hasattr(_scratch, "values") or len(_scratch.values) < size:
+        _scratch.values = np.empty(max(size, 2 * _CHUNK_ELEMENTS))
+    arrays: npt.NDArray[np.float64] = _scratch.values[:size].reshape(count, rows, dim)
+    return arrays
+
+
 def product_error(dim: int) -> float:
     """Bound on |float32 matrix product - cosine similarity| for two unit vectors of `dim` elements.
 
@@ -77,8 +91,9 @@ def rowwise_dot(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.floa
     n, dim = a.shape
     out = np.empty(n, np.float64)
     step = chunk_rows(dim)
-    left = np.empty((min(step, n), dim), np.float64)
-    right = left if a is b else np.empty_like(left)
+    left, right = scratch_arrays(2, n, dim)
+    if a is b:
+        right = left
     for rows in blocks(n, step):
         _dot_into(out[rows], a[rows], b[rows], left, right)
     return out
@@ -106,7 +121,7 @@ def pair_dot(
     """Fixed-order dot products of the pairs `X[i[k]], Y[j[k]]`; (m,) float64."""
     out = np.empty(len(i), np.float64)
     step = chunk_rows(X.shape[1])
-    left, right = np.empty((2, min(step, len(i)), X.shape[1]), np.float64)
+    left, right = scratch_arrays(2, len(i), X.shape[1])
     for pairs in blocks(len(i), step):
         _dot_into(out[pairs], X.take(i[pairs], axis=0), Y.take(j[pairs], axis=0), left, right)
     return out
@@ -118,7 +133,7 @@ def pair_dot_and_squares(
     """`pair_dot` of each row of X with `Y[j]`, and `rowwise_dot` of X with itself, converting X once; both (n,)."""
     dots, squares = np.empty((2, len(X)), np.float64)
     step = chunk_rows(X.shape[1])
-    left, right = np.empty((2, min(step, len(X)), X.shape[1]), np.float64)
+    left, right = scratch_arrays(2, len(X), X.shape[1])
     for rows in blocks(len(X), step):
         a, b = left[: rows.stop - rows.start], right[: rows.stop - rows.start]
         np.copyto(a, X[rows])
@@ -136,7 +151,7 @@ def pair_squared_distance(
     """Fixed-order squared Euclidean distances of the pairs `X[i[k]], Y[j[k]]`; 0 for equal rows."""
     out = np.empty(len(i), np.float64)
     step = chunk_rows(X.shape[1])
-    scratch = np.empty((min(step, len(i)), X.shape[1]), np.float64)
+    (scratch,) = scratch_arrays(1, len(i), X.shape[1])
     for pairs in blocks(len(i), step):
         difference = scratch[: pairs.stop - pairs.start]
         np.subtract(X.take(i[pairs], axis=0), Y.take(j[pairs], axis=0), out=difference, dtype=np.float64)
@@ -158,7 +173,7 @@ def normalize(
     X
         (n, D) float16, float32 or float64.
     out
-        (n, D) float32 array to write into; a new one if None.
+        (n, D) float32 array to write into, which may be X; a new one if None.
 
     Returns:
     -------
@@ -172,8 +187,7 @@ def normalize(
     unit = np.empty((n, dim), np.float32) if out is None else out
     reason = np.zeros(n, np.uint8)
     step = chunk_rows(dim)
-    scratch = np.empty((min(step, n), dim), np.float64)
-    squares = np.empty_like(scratch)
+    scratch, squares = scratch_arrays(2, n, dim)
     low, high = _SAFE_SQUARED_NORM
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
         for rows in blocks(n, step):
@@ -203,5 +217,5 @@ def _rescue(
     scaled = np.zeros_like(values)
     scaled[valid] = values[valid] / largest[valid, None]
     squared = np.ones(len(values))
-    squared[valid] = rowwise_dot(scaled[valid], scaled[valid])
+    squared[valid] = np.add.reduce(scaled[valid] * scaled[valid], axis=1)
     return scaled, squared, reason

@@ -121,7 +121,8 @@ class _Assignment:
         first, *others = part.columns.columns
         columns = pa.table([first, *distances, *others], schema=pa.schema(job.side_fields))
         path = job.work_file("shards", name)
-        shard = make_shard(columns, part.vectors, labels, self._group_of, len(self._facts.group_starts) - 1)
+        stay = part.vectors if part.as_read is None else part.as_read
+        shard = make_shard(columns, stay, labels, self._group_of, len(self._facts.group_starts) - 1)
         leave_shard(job.target, path, shard, instead_of=held)
         self._write_keys(job.work_file("ids", name), keys)
         self._cluster_rows += np.bincount(labels, minlength=job.plan.n_clusters)

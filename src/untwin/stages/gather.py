@@ -149,7 +149,7 @@ class GatherStage(Stage):
         path = partition_path(job.output_path, cluster.centroid)
         schema = job.partition_schema(task.dim)
         parts = (
-            self._partition(pa.Table.from_batches([part.columns]), part.vectors[part.at], schema)
+            self._partition(pa.Table.from_batches([part.columns]), part.vectors.take(part.at, 0), schema)
             for part in self._parts(task.unit, rejected)
             if len(part)
         )

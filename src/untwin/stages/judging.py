@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,46 @@ from untwin.storage.partitions import ROW
 from untwin.storage.rows import RowBatch, read_rows
 
 
+class VectorsAsRead:
+    """Unit vectors of rows that stay in memory as they were read: they are normalised whenever they are taken.
+
+    So vectors need not be held twice, and float16 stays half as large.
+
+    Args:
+        pieces: (n, D) each, views of what is held.
+        rows: (m,) the rows that are meant, counted over all pieces, ascending.
+    """
+
+    def __init__(self, pieces: Sequence[NDArray[Any]], rows: NDArray[np.int64]) -> None:
+        self._pieces, self._rows = pieces, rows
+        self._starts = np.cumsum([0] + [len(piece) for piece in pieces])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(m, D)."""
+        return len(self._rows), self._pieces[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes besides what is held anyway."""
+        return int(self._rows.nbytes)
+
+    def take(self, at: NDArray[np.int64], axis: Literal[0] = 0, /) -> NDArray[np.float32]:
+        """The vectors of some rows, (k, D) float32; fastest in ascending order."""
+        if (at[1:] < at[:-1]).any():
+            order = np.argsort(at)
+            out = np.empty((len(at), self.shape[1]), np.float32)
+            out[order] = self.take(at[order])
+            return out
+        rows = self._rows[at]
+        raw = np.empty((len(rows), self.shape[1]), self._pieces[0].dtype)
+        ends = np.searchsorted(rows, self._starts).tolist()
+        for piece, start, low, high in zip(self._pieces, self._starts[:-1], ends[:-1], ends[1:], strict=True):
+            if low < high:
+                np.take(piece, rows[low:high] - start, axis=0, out=raw[low:high], mode="clip")
+        return normalize(raw, out=raw if raw.dtype == np.float32 else None)[0]
+
+
 @dataclass(frozen=True)
 class JudgedRows:
     """Rows that can be judged, in the order of the input.
@@ -29,15 +70,26 @@ class JudgedRows:
     Attributes:
         vectors: (m, D) float32, unit length.
         columns: Ids, metadata columns and row numbers, m rows.
+        as_read: The same vectors where they are held anyway.
     """
 
     vectors: NDArray[np.float32]
     columns: pa.Table
+    as_read: VectorsAsRead | None = None
 
     @property
     def n_bytes(self) -> int:
         """Bytes in memory, with the room behind the vectors."""
         return whole_bytes(self.vectors) + int(self.columns.nbytes)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What comes of a batch: what travels with its vectors, these as they are held, and which of them are judged."""
+
+    side: pa.RecordBatch
+    as_read: NDArray[Any] | None
+    positions: NDArray[np.int64]
 
 
 class JudgedUnit:
@@ -60,41 +112,50 @@ class JudgedUnit:
         """The rows that can be judged: those held, or a unit's worth of rows at a time as they are read."""
         return self._read() if self._held is None else iter(self._held)
 
-    def hold(self, *, whole_rows: bool) -> None:
-        """Read everything, and keep it for `parts`; whole rows, too, for who asks `read_rows` for them."""
-        self._held = list(self._read(whole_rows=whole_rows))
+    def hold(self) -> None:
+        """Read everything, and keep it for `parts`."""
+        self._held = list(self._read())
 
     @property
     def n_bytes(self) -> int:
         """Bytes that are held."""
         return sum(part.n_bytes for part in self._held or ())
 
-    def _read(self, *, whole_rows: bool = False) -> Iterator[JudgedRows]:
+    def _read(self) -> Iterator[JudgedRows]:
         job, task = self._job, self._task
         size = job.batch_rows(self.dim)
         most = max(job.plan.unit_rows, size)
         left = task.n_rows
         vectors = np.empty((0, self.dim), np.float32)
-        sides: list[pa.RecordBatch] = []
+        judged: list[_Judged] = []
         filled = 0
         spans = job.listing.spans(task.first_group, task.end_group, job.groups)
-        for batch in read_rows(job.source, job.listing.format, spans, job.fields.names, size, hold=whole_rows):
+        for batch in read_rows(job.source, job.listing.format, spans, job.fields.names, size):
             for some in blocks(batch.columns.num_rows, size):
-                rows = RowBatch(batch.first_row + some.start, batch.columns.slice(some.start, some.stop - some.start))
+                columns = batch.columns.slice(some.start, some.stop - some.start)
+                rows = RowBatch(batch.first_row + some.start, columns, batch.held)
                 if filled + rows.columns.num_rows > len(vectors):
                     if filled:
-                        yield JudgedRows(vectors[:filled], pa.Table.from_batches(sides, self._schema))
+                        yield self._part(vectors[:filled], judged)
                     vectors = np.empty((max(min(left, most), rows.columns.num_rows), self.dim), np.float32)
-                    sides, filled = [], 0
-                side = self._judge(rows, vectors[filled:])
-                sides.append(side)
-                filled += side.num_rows
+                    judged, filled = [], 0
+                judged.append(self._judge(rows, vectors[filled:]))
+                filled += judged[-1].side.num_rows
                 left -= rows.columns.num_rows
         if filled:
-            yield JudgedRows(vectors[:filled], pa.Table.from_batches(sides, self._schema))
+            yield self._part(vectors[:filled], judged)
 
-    def _judge(self, rows: RowBatch, out: NDArray[np.float32]) -> pa.RecordBatch:
-        """Write the unit vectors of the rows that can be judged to `out`; returns what travels with them."""
+    def _part(self, vectors: NDArray[np.float32], judged: Sequence[_Judged]) -> JudgedRows:
+        as_read = None
+        pieces = [one.as_read for one in judged if one.as_read is not None]
+        if len(pieces) == len(judged) and len({piece.dtype for piece in pieces}) == 1:
+            starts = np.cumsum([0] + [len(piece) for piece in pieces[:-1]])
+            rows = [start + one.positions for start, one in zip(starts, judged, strict=True)]
+            as_read = VectorsAsRead(pieces, np.concatenate(rows))
+        return JudgedRows(vectors, pa.Table.from_batches([one.side for one in judged], self._schema), as_read)
+
+    def _judge(self, rows: RowBatch, out: NDArray[np.float32]) -> _Judged:
+        """Write the unit vectors of the rows that can be judged to `out`."""
         job = self._job
         ids = job.ids(rows)
         raw = decode_vectors(job.embeddings(rows), self.dim)
@@ -120,7 +181,8 @@ class JudgedUnit:
                 case _:
                     column = self._cast(rows, field)
             arrays.append(column.take(pa.array(positions)) if len(wrong) else column)
-        return pa.record_batch(arrays, schema=self._schema)
+        as_read = raw.values if rows.held and raw.positions is None else None
+        return _Judged(pa.record_batch(arrays, schema=self._schema), as_read, positions)
 
     def _cast(self, rows: RowBatch, field: pa.Field) -> pa.Array:
         column = rows.columns.column(field.name)

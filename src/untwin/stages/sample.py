@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from untwin.core import normalize
@@ -54,8 +53,10 @@ class SampleStage(Stage):
     def units(self, upstream: Upstream) -> Sequence[Task]:
         """The plan's input units."""
         job = self._clustering
+        needed = _SIDE_BYTES * job.plan.n_rows + _DECODED * job.listing.n_bytes
+        if len(job.groups.rows) * job.batch_rows(job.plan.dim) > job.plan.n_rows:
+            needed += job.plan.vector_bytes  # small pieces are put together, and then vectors are no part of them
         # whole rows take a second place, behind vectors that would go through files otherwise
-        needed = job.plan.vector_bytes + _SIDE_BYTES * job.plan.n_rows + _DECODED * job.listing.n_bytes
         self._hold_input = job.rows_wanted and job.listing.filetype == "parquet" and needed <= space().limit
         return job.input_units()
 
@@ -72,7 +73,7 @@ class SampleStage(Stage):
         """Write the unit's part of the sample, the smallest hashes first."""
         job = self._clustering
         bound = np.uint64(min(2**64 - 1, int(self._share() * 2.0**64)))
-        held = self._held(task)
+        held = None if self._hold_input else self._held(task)
         picked: dict[int, list[tuple[NDArray[np.uint64], NDArray[np.float32]]]] = {}
         for hashes, vectors in self._picked(held, bound) if held is not None else self._read(task, bound):
             if len(hashes):
@@ -91,7 +92,7 @@ class SampleStage(Stage):
         if not space().put(path, None, task.n_rows * (4 * dim + _SIDE_BYTES)):
             return None
         unit = JudgedUnit(job, task, dim)
-        unit.hold(whole_rows=self._hold_input)
+        unit.hold()
         other_lengths = any(Reason.WRONG_LENGTH.text in counts for counts in unit.reasons)
         if (other_lengths and not job.dim) or not space().put(path, unit, unit.n_bytes):
             space().drop(path)
@@ -110,23 +111,21 @@ class SampleStage(Stage):
         """Hashes and vectors of the sampled rows, as they are read; each batch has vectors of one length."""
         job = self._clustering
         spans = job.listing.spans(task.first_group, task.end_group, job.groups)
-        names = [job.fields.id_field, job.fields.embedding_field]
-        for rows in read_rows(job.source, job.listing.format, spans, names, job.batch_rows(job.plan.dim)):
+        size, hold = job.batch_rows(job.plan.dim), self._hold_input
+        names = job.fields.names if hold else [job.fields.id_field, job.fields.embedding_field]
+        for rows in read_rows(job.source, job.listing.format, spans, names, size, hold=hold):
             ids = job.ids(rows)
             hashes = hash_ids(ids, job.seed + SAMPLE_SEED)
             chosen = hashes <= bound
             if ids.null_count:
                 chosen &= ids.is_valid().to_numpy(zero_copy_only=False)
-            picked = np.flatnonzero(chosen)
-            if not len(picked):
+            if not chosen.any():
                 continue
             column = job.embeddings(rows)
-            lengths = list_lengths(column)
-            for dim in {job.dim} if job.dim else set(np.unique(lengths[picked]).tolist()) - {0}:
-                here = picked[lengths[picked] == dim]
-                part = column if len(here) == len(column) else column.take(pa.array(here))
-                raw = decode_vectors(part, dim)
-                vectors, invalid = normalize(raw.values)
-                positions = np.arange(len(here)) if raw.positions is None else raw.positions
+            for dim in {job.dim} if job.dim else set(np.unique(list_lengths(column)[chosen]).tolist()) - {0}:
+                raw = decode_vectors(column, dim)
+                positions = np.arange(len(column)) if raw.positions is None else raw.positions
+                here = np.flatnonzero(chosen[positions])
+                vectors, invalid = normalize(raw.values.take(here, axis=0))
                 good = np.flatnonzero(invalid == 0)
-                yield hashes[here[positions[good]]], vectors[good]
+                yield hashes[positions[here[good]]], vectors[good]

@@ -17,14 +17,23 @@ from untwin.storage.memory import Space, space
 _BATCH_BYTES = 3 << 20
 """Rounded up to a power of two, a list column of a batch takes less than the 8 MB that jemalloc gives back at once."""
 _REMOTE_READS = 16
+_Read = tuple[pa.RecordBatch, bool]
+"""Rows, and whether they are held."""
 
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Rows that follow each other in the plan's order; the columns are those asked for."""
+    """Rows that follow each other in the plan's order.
+
+    Attributes:
+        first_row: Number of the first.
+        columns: Those asked for.
+        held: They are part of whole rows that stay in memory for somebody else.
+    """
 
     first_row: int
     columns: pa.RecordBatch
+    held: bool = False
 
 
 def batch_rows(dim: int) -> int:
@@ -50,20 +59,19 @@ def read_rows(
         storage: Access to the files.
         format_: Their format.
         spans: What to read.
-        columns: Those wanted; None means whole rows as they are, which are taken from memory if they are held there.
+        columns: Those wanted; None means whole rows as they are. Where whole rows are held in memory, both come from
+            there, and whole rows are let go of.
         rows: Rows of a batch.
-        hold: Hold whole rows in memory, as far as there is room, for the one who asks for them next. Only for formats
-            whose whole rows have all columns.
+        hold: Hold whole rows in memory, as far as there is room, until somebody asks for them. Only for formats whose
+            whole rows have all columns.
     """
     spans = list(spans)
     room = space()
 
-    def read_span(span: Span) -> Iterator[pa.RecordBatch]:
-        if columns is None:
-            return _held_or_read(storage, format_, span, rows, room)
+    def read_span(span: Span) -> Iterator[_Read]:
         if hold:
-            return _hold(storage, format_, span, columns, rows, room)
-        return format_.read(storage, span, columns, rows)
+            return _not_held(_hold(storage, format_, span, columns or (), rows, room))
+        return _held_or_read(storage, format_, span, columns, rows, room)
 
     def read() -> Iterator[RowBatch]:
         return _coalesced(_read_spans(spans, read_span, rows), rows)
@@ -71,9 +79,7 @@ def read_rows(
     return read_ahead(read, depth=2) if sum(span.n_rows for span in spans) > rows else read()
 
 
-def _read_spans(
-    spans: Sequence[Span], read_span: Callable[[Span], Iterator[pa.RecordBatch]], rows: int
-) -> Iterator[RowBatch]:
+def _read_spans(spans: Sequence[Span], read_span: Callable[[Span], Iterator[_Read]], rows: int) -> Iterator[RowBatch]:
     if len(spans) > 1 and is_remote(spans[0].path) and max(span.n_rows for span in spans) <= rows:
         with ThreadPoolExecutor(_REMOTE_READS) as pool:
             for low in range(0, len(spans), 4 * _REMOTE_READS):
@@ -101,31 +107,35 @@ def _hold(
 
 
 def _held_or_read(
-    storage: Storage, format_: InputFormat, span: Span, rows: int, room: Space
-) -> Iterator[pa.RecordBatch]:
-    """Whole rows of a span: pieces that are held from memory, what is between them from the file."""
+    storage: Storage, format_: InputFormat, span: Span, columns: Sequence[str] | None, rows: int, room: Space
+) -> Iterator[_Read]:
+    """Rows of a span: pieces that are held from memory, what is between them from the file."""
     first = 0
     for number, piece in enumerate(span.pieces() if room.used else ()):
-        whole = room.pop(_name(piece))
+        whole = room.pop(_name(piece)) if columns is None else room.get(_name(piece))
         if whole is None:
             continue
         if first < number:
-            yield from format_.read(storage, span.part(first, number), None, rows)
-        yield from whole
+            yield from _not_held(format_.read(storage, span.part(first, number), columns, rows))
+        yield from ((batch if columns is None else batch.select(list(columns)), True) for batch in whole)
         first = number + 1
     if first < len(span.group_rows):
-        yield from format_.read(storage, span.part(first, len(span.group_rows)), None, rows)
+        yield from _not_held(format_.read(storage, span.part(first, len(span.group_rows)), columns, rows))
+
+
+def _not_held(batches: Iterable[pa.RecordBatch]) -> Iterator[_Read]:
+    return ((batch, False) for batch in batches)
 
 
 def _name(piece: Span) -> str:
     return f"{piece.path}#{piece.first_group}"
 
 
-def _numbered(span: Span, batches: Iterable[pa.RecordBatch]) -> Iterator[RowBatch]:
+def _numbered(span: Span, batches: Iterable[_Read]) -> Iterator[RowBatch]:
     row = span.first_row
-    for batch in batches:
+    for batch, held in batches:
         if batch.num_rows:
-            yield RowBatch(row, batch)
+            yield RowBatch(row, batch, held)
         row += batch.num_rows
     if row != span.first_row + span.n_rows:
         raise ChangedInputError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,23 @@ from untwin.storage.files import Storage, note_held
 from untwin.storage.inputs import naming_file
 from untwin.storage.memory import space, whole_bytes
 
-_COPIED_ROWS = 256
+_COPIED_ROWS = 512
 """So that what lies between two copies stays in a core's own cache."""
+
+
+class Vectors(Protocol):
+    """(n, D) vectors of rows: a NumPy array, or what gives one for some of the rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, D)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds itself."""
+
+    def take(self, at: NDArray[np.int64], axis: Literal[0], /) -> NDArray[np.float32]:
+        """The vectors of some rows, (m, D) float32."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +48,13 @@ class GroupRows:
     Attributes:
         columns: n rows: everything but the vectors and the cluster.
         labels: (n,) int32, the cluster of each row.
-        vectors: (m, D) float32, vectors of these rows and others.
+        vectors: (m, D), vectors of these rows and others.
         at: (n,) which of the vectors are theirs.
     """
 
     columns: pa.RecordBatch
     labels: NDArray[np.int32]
-    vectors: NDArray[np.float32]
+    vectors: Vectors
     at: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -51,9 +67,10 @@ class GroupRows:
 
     def copy_vectors(self, out: NDArray[np.float32], places: NDArray[np.int64]) -> None:
         """Copy each vector to its place in (k, D) `out`."""
+        order = np.argsort(self.at)
         for low in range(0, len(self), _COPIED_ROWS):
-            rows = slice(low, low + _COPIED_ROWS)
-            out[places[rows]] = self.vectors[self.at[rows]]
+            rows = order[low : low + _COPIED_ROWS]
+            out[places[rows]] = self.vectors.take(self.at[rows], 0)
 
 
 @dataclass(frozen=True)
@@ -62,14 +79,14 @@ class Shard:
 
     Attributes:
         columns: Everything but the vectors and the cluster.
-        vectors: (n, D) float32.
+        vectors: (n, D).
         labels: (n,) int32, the cluster of each row.
         order: (n,) the rows sorted by cluster.
         bounds: (g + 1,) where each group of clusters begins in `order`.
     """
 
     columns: pa.Table
-    vectors: NDArray[np.float32]
+    vectors: Vectors
     labels: NDArray[np.int32]
     order: NDArray[np.int64]
     bounds: NDArray[np.int64]
@@ -77,7 +94,8 @@ class Shard:
     @property
     def n_bytes(self) -> int:
         """Bytes in memory."""
-        return whole_bytes(self.vectors) + int(self.labels.nbytes + self.order.nbytes + self.columns.nbytes)
+        vectors = whole_bytes(self.vectors) if isinstance(self.vectors, np.ndarray) else self.vectors.nbytes
+        return vectors + int(self.labels.nbytes + self.order.nbytes + self.columns.nbytes)
 
     def group(self, number: int) -> GroupRows:
         """The rows of a group of clusters."""
@@ -90,7 +108,7 @@ class Shard:
 
 def make_shard(
     columns: pa.Table,
-    vectors: NDArray[np.float32],
+    vectors: Vectors,
     labels: NDArray[np.int32],
     group_of_cluster: NDArray[np.int32],
     n_groups: int,
@@ -99,7 +117,7 @@ def make_shard(
 
     Args:
         columns: n rows: everything but the vectors and the cluster.
-        vectors: (n, D) float32.
+        vectors: (n, D).
         labels: (n,) cluster of each row.
         group_of_cluster: (K,) group of each cluster, not decreasing.
         n_groups: Number of groups.
@@ -116,7 +134,7 @@ def write_shard(storage: Storage, path: str, shard: Shard) -> None:
     def batches() -> Iterator[pa.RecordBatch]:
         for number in range(len(shard.bounds) - 1):
             rows = shard.group(number)
-            arrays = [*rows.columns.columns, pa.array(rows.labels), vector_array(shard.vectors[rows.at])]
+            arrays = [*rows.columns.columns, pa.array(rows.labels), vector_array(shard.vectors.take(rows.at, 0))]
             yield pa.record_batch(arrays, schema=schema)
 
     write_slices(storage, path, batches())
