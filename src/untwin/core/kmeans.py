@@ -44,7 +44,7 @@ _OVERSHOOT = np.float32(0.7)
 _SMALL_CLUSTER = 4
 """Rows of a cluster that is not worth a centroid where eight times as many are the average."""
 _EXACT_ROWS = 1 << 12
-"""Whose elements of at most 1, with 40 bits of fraction, float64 sums exactly."""
+"""Most rows of fixed-point values, elements of at most 1 with 40 bits of fraction, that float64 adds up exactly."""
 _PROPOSALS = 128
 _STEP_VALUES = 1 << 16
 """Numbers of rows that are gone through at a time, so that memory holds few temporary ones."""
