@@ -14,8 +14,9 @@ from untwin.stages.judging import VectorsAsRead
 def test_they_are_the_unit_vectors_of_the_rows_that_are_meant_in_any_order(dtype):
     rng = np.random.default_rng(0)
     X = rng.normal(size=(500, 7)).astype(dtype)
-    rows = np.flatnonzero(rng.random(500) < 0.9)
-    vectors = VectorsAsRead(np.split(X, [100, 101, 400]), rows)
+    meant = rng.random(500) < 0.9
+    rows, cuts = np.flatnonzero(meant), [100, 101, 400]
+    vectors = VectorsAsRead(np.split(X, cuts), [np.flatnonzero(part) for part in np.split(meant, cuts)])
     unit = normalize(X[rows])[0]
     assert vectors.shape == unit.shape
     for at in (np.arange(len(rows)), rng.permutation(len(rows)), np.array([3, 3, 2]), np.array([440]), rows[:0]):

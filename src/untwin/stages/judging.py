@@ -30,12 +30,13 @@ class VectorsAsRead:
 
     Args:
         pieces: (n, D) each, views of what is held.
-        rows: (m,) the rows that are meant, counted over all pieces, ascending.
+        rows: For each piece the rows of it that are meant, ascending.
     """
 
-    def __init__(self, pieces: Sequence[NDArray[Any]], rows: NDArray[np.int64]) -> None:
-        self._pieces, self._rows = pieces, rows
+    def __init__(self, pieces: Sequence[NDArray[Any]], rows: Sequence[NDArray[np.int64]]) -> None:
+        self._pieces = pieces
         self._starts = np.cumsum([0] + [len(piece) for piece in pieces])
+        self._rows = np.concatenate([start + some for start, some in zip(self._starts[:-1], rows, strict=True)])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,9 +150,7 @@ class JudgedUnit:
         as_read = None
         pieces = [one.as_read for one in judged if one.as_read is not None]
         if len(pieces) == len(judged) and len({piece.dtype for piece in pieces}) == 1:
-            starts = np.cumsum([0] + [len(piece) for piece in pieces[:-1]])
-            rows = [start + one.positions for start, one in zip(starts, judged, strict=True)]
-            as_read = VectorsAsRead(pieces, np.concatenate(rows))
+            as_read = VectorsAsRead(pieces, [one.positions for one in judged])
         return JudgedRows(vectors, pa.Table.from_batches([one.side for one in judged], self._schema), as_read)
 
     def _judge(self, rows: RowBatch, out: NDArray[np.float32]) -> _Judged:
