@@ -182,6 +182,41 @@ def test_neighbours_are_the_nearest_of_brute_force_and_first_the_centroid_itself
         np.testing.assert_array_equal(C[kept][table[:, 0]], C)
 
 
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("columns", [13, 1024])
+def test_among_centroids_that_are_almost_alike_the_nearest_is_found_exactly(spread, columns, monkeypatch):
+    monkeypatch.setattr(kmeans, "_ASSIGN_COLUMNS", columns)
+    rng = np.random.default_rng(5)
+    X, _ = normalize(rng.standard_normal(48) + spread * rng.standard_normal((700, 48)))
+    C = X[:40] * np.float32(1 - spread / 8)
+    C[30:35] = X[600:605]
+    finder, wanted = NearestCentroid(C), exact_distances(X, C)
+    thinned, closest = [], finder._closest
+    monkeypatch.setattr(
+        finder,
+        "_closest",
+        lambda *arguments, **options: thinned.append(found := closest(*arguments, **options)) or found,
+    )
+    old = rng.integers(0, 40, 700).astype(np.int32)
+    counts = np.full(40, 2)
+    near = exact_distances(C, C).argsort(axis=1, kind="stable")
+    wanted_near = wanted.copy()
+    wanted_near[np.arange(700), old] *= 4
+    labels, order = finder.labels(X), finder.order(X, 4)
+    np.testing.assert_array_equal(labels, wanted.argmin(axis=1))
+    np.testing.assert_array_equal(order, wanted.argsort(axis=1, kind="stable")[:, :4])
+    for count in (40, 9):
+        neighbours = finder.neighbours(count)
+        np.testing.assert_array_equal(np.sort(neighbours, axis=1), np.sort(near[:, :count], axis=1))
+        allowed = np.zeros((700, 40), bool)
+        allowed[np.arange(700)[:, None], near[old, :count]] = True
+        got = finder.labels_near(X, old, neighbours, counts)
+        np.testing.assert_array_equal(got, np.where(allowed, wanted_near, np.inf).argmin(axis=1))
+    if spread == 1e-4:  # with more, float32 products tell; with less, not even float64 ones
+        assert len(thinned) >= 40
+        assert np.mean([found.mean() for found in thinned]) < 0.3
+
+
 def test_few_neighbours_find_nearly_as_good_centroids_for_other_rows_as_all():
     X = clustered(6, 12_000, 16, n_centres=200, spread=0.5)
     few, every = (

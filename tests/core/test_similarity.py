@@ -280,6 +280,87 @@ def test_products_with_the_largest_allowed_error_change_nothing(monkeypatch):
     assert sum(notes) > 12 * len(np.unique(X, axis=0)) ** 2 / 2
 
 
+def blob(rng, n, dim, spread, far=0):
+    """Rows that are hardly different, and some that are; some twice, some but for a few units in the last place."""
+    rows = rng.standard_normal(dim) * np.where(np.arange(n) < n - far, 1, -1)[:, None]
+    X, _ = normalize(rows + spread * rng.standard_normal((n, dim)))
+    for source, target in rng.integers(0, n, (n // 8, 2)):
+        X[target] = X[source]
+    for source, target in rng.integers(0, n, (n // 8, 2)):
+        X[target] = X[source]
+        X[target, rng.integers(dim)] *= np.float32(1 + 2.0**-22)
+    return X[rng.permutation(n)]
+
+
+@pytest.mark.parametrize("far", [0, 3])
+@pytest.mark.parametrize("spread", [0.1, 0.01, 1e-3, 1e-5, 1e-7])
+def test_rows_close_to_their_centre_equal_brute_force(spread, far, monkeypatch):
+    """As before, with products that are off by almost as much as is said."""
+    rng = np.random.default_rng(10)
+    X = blob(rng, 180, 48, spread, far)
+    monkeypatch.setattr(similarity, "_CLOSE", 0.5)
+    monkeypatch.setattr(similarity, "_TILE_COLUMNS", 50)
+    monkeypatch.setattr(similarity, "_SLICE_ROWS", 60)
+    original, n_disturbed = similarity._Part._add, 0
+
+    def disturbed(part, products, offset):
+        nonlocal n_disturbed
+        n_disturbed += products.size
+        found = original(part, products, offset)
+        found += 0.45 * part.slack[:, None] * rng.choice([-1, 1], found.shape)
+        return found
+
+    similarities = np.sort(exact_cosines(X)[np.tril_indices(len(X), -1)])
+    middle = [float(1 - similarities[int(len(similarities) * share)]) for share in (0.1, 0.5, 0.9)]
+    for add in (original, disturbed):
+        monkeypatch.setattr(similarity._Part, "_add", add)
+        for eps in (None, 0.3, *(eps for eps in middle if 0 < eps < 1)):
+            for compare_to in ("kept", "ranked"):
+                want = brute_force(X, eps, compare_to)
+                got = match_ranked(RankedArray(X), eps=eps, compare_to=compare_to)
+                assert_same(got, want)
+                with ThreadPoolExecutor(2) as pool:
+                    got = match_ranked(
+                        RankedArray(X), eps=eps, compare_to=compare_to, batch_size=70, executor_map=pool.map
+                    )
+                assert_same(got, want)
+    assert n_disturbed > 10 * len(np.unique(X, axis=0)) ** 2 / 2
+
+
+@pytest.mark.parametrize("dim", [3, 64, 384])
+@pytest.mark.parametrize("spread", [0.1, 0.003, 1e-4, 1e-6])
+def test_products_around_a_centre_are_off_by_less_than_is_said_and_that_is_little(dim, spread):
+    X = blob(np.random.default_rng(11), 150, dim, spread)
+    rows = similarity._Rows(X, rowwise_dot(X, X), np.arange(150))
+    part = similarity._Centre.of(rows).part(X[:40], 0)
+    exact = exact_cosines(X)[:40] - 1
+    error = np.abs(part.products(X, 0) - exact).max(axis=1)
+    assert (error < part.slack / 2).all()
+    assert (part.slack <= 2 * product_error(dim) * np.maximum(4 * dim * spread**2, 1e-5)).all()
+    low, high = similarity._Centre.of(rows).bounds(threshold(0.01))
+    assert low + part.slack.max() / 2 < float(threshold(0.01)) - 1 - 2.0**-25
+    assert high - part.slack.max() / 2 > float(threshold(0.01)) - 1 - 2.0**-24
+
+
+def test_several_groups_of_almost_equal_rows_equal_brute_force(monkeypatch):
+    """Not close to one centre: a float64 product tells which of many candidates are the best."""
+    rng = np.random.default_rng(12)
+    X = np.concatenate([blob(rng, 120, 32, 1e-4) for _ in range(3)])[rng.permutation(360)]
+    thinned, original = [], similarity._thin
+
+    def thin(near, *others):
+        before = np.count_nonzero(near)
+        original(near, *others)
+        thinned.append((before, np.count_nonzero(near)))
+
+    monkeypatch.setattr(similarity, "_thin", thin)
+    for eps in (None, 0.3, 1e-7):
+        for compare_to in ("kept", "ranked"):
+            assert_same(match_ranked(RankedArray(X), eps=eps, compare_to=compare_to), brute_force(X, eps, compare_to))
+    before, after = np.sum(thinned, axis=0)
+    assert after < before / 5
+
+
 @given(
     points=st.lists(st.sampled_from(range(24)), min_size=1, max_size=40),
     eps=st.sampled_from([1e-6, 0.005, 0.0340741737, 0.1, 0.3]),

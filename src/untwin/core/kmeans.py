@@ -38,6 +38,8 @@ _ASSIGN_ROWS = 1024
 _ASSIGN_COLUMNS = 1024
 _SMALL_PRODUCT = 250_000
 """Multiplications that take as long as it takes to begin a product."""
+_DENSE = 32
+"""A float64 product of all rows with all centroids costs less than fixed-order distances of one in so many pairs."""
 _SCALABLE_ROUNDS = 5
 _OVERSHOOT = np.float32(0.7)
 """How much farther than to its mean a centroid moves, as a part of the way there."""
@@ -157,6 +159,8 @@ class NearestCentroid:
         # As `product_error`, for centroids of any norm, and with the rounding of |c|^2 / 2 and of its
         # subtraction; and with room for a centroid in the place of the row.
         self._error = 1.01 * 2.0**-24 * ((dim + 8) * largest + 2 * (largest + largest**2)) * max(1.0, largest)
+        # Of squared distances, by float64 products and in fixed order, of which one counts up to 4 times.
+        self._fine_error = 64 * 2.0**-53 * (dim + 16) * (1 + largest) ** 2
 
     def labels(self, X: Float32) -> Int32:
         """Find the centroid nearest to each (n, D) float32 unit row (ties: the lowest); (n,) int32."""
@@ -267,8 +271,11 @@ class NearestCentroid:
         # |x|^2 is 1 up to 2^-22, and |x - c|^2 = 1 - 2 score.
         scores[:, 0] = 0.5 - times[old] * (0.5 - scores[:, 0])
         error = (1 + times[old]) * (self._error + 2.0**-22)
-        flat = np.flatnonzero(scores >= float32_below(scores.max(axis=1) - error)[:, None])
-        i, place = np.divmod(flat, scores.shape[1])
+        near = scores >= float32_below(scores.max(axis=1) - error)[:, None]
+        if np.count_nonzero(near) > 2 * len(rows):
+            for lo, hi in pairwise([*starts.tolist(), len(rows)]):
+                near[lo:hi] &= self._closest(rows[lo:hi], neighbours[old[lo]], own=times[old[lo]])
+        i, place = np.divmod(np.flatnonzero(near), scores.shape[1])
         found = self._settle(rows, i, neighbours[old[i], place], neighbours[old, 0], times[old])
         labels = np.empty(len(rows), np.int32)
         labels[order] = self._index[found]
@@ -283,7 +290,11 @@ class NearestCentroid:
             np.subtract(products, self._half_squares[columns], out=products)
             best = products if products.shape[1] <= count else np.partition(products, -count, axis=1)[:, -count:]
             top = np.partition(np.concatenate((top, best), axis=1), -count, axis=1)[:, -count:]
-            flat = np.flatnonzero(products >= float32_below(top.min(axis=1) - 2 * self._error)[:, None])
+            near = products >= float32_below(top.min(axis=1) - 2 * self._error)[:, None]
+            n_near = np.count_nonzero(near)
+            if n_near > 2 * count * n and n_near * _DENSE > near.size:
+                near &= self._closest(X, columns, count)
+            flat = np.flatnonzero(near)
             i, j = np.divmod(flat, products.shape[1])
             tiles.append((i, j + columns.start, products.reshape(-1)[flat]))
         i, j, score = (np.concatenate(parts) for parts in zip(*tiles, strict=True))
@@ -293,6 +304,30 @@ class NearestCentroid:
         i, j = i[order], j[order]
         place = np.arange(len(i)) - np.searchsorted(i, np.arange(n))[i]
         return j[place < count].reshape(n, count)
+
+    def _closest(self, X: Float32, centroids: slice | Int32, count: int = 1, own: float = 1.0) -> npt.NDArray[np.bool_]:
+        """Which of some centroids may be among the `count` nearest to each row, as float64 products tell.
+
+        Where rows and centroids are almost alike, float32 products leave almost all of them.
+
+        Args:
+            X: (n, D) rows.
+            centroids: m of the distinct centroids.
+            count: How many are wanted.
+            own: How often the squared distance to the first of them counts, at most 4.
+
+        Returns:
+            (n, m).
+        """
+        rows, some = X.astype(np.float64), self._centroids[centroids].astype(np.float64)
+        distance = rows @ (-2 * some.T)
+        distance += self._squares[centroids]
+        distance += np.einsum("ij,ij->i", rows, rows)[:, None]
+        distance[:, 0] *= own
+        last = min(count, len(some)) - 1
+        least = distance.min(axis=1) if last == 0 else np.partition(distance, last, axis=1)[:, last]
+        close: npt.NDArray[np.bool_] = distance <= (least + self._fine_error)[:, None]
+        return close
 
     def _nearest(self, X: Float32) -> npt.NDArray[np.intp]:
         """Find the largest x.c - |c|^2 / 2 among the distinct centroids, exactly where it is close."""
@@ -314,7 +349,10 @@ class NearestCentroid:
             several = np.flatnonzero(products.max(axis=1) >= bar)
             one = np.flatnonzero(largest >= bar)
             found.append((one, at[one] + columns.start, largest[one]))
-            i, j = np.divmod(np.flatnonzero(products.take(several, axis=0) >= bar[several, None]), width)
+            near = products.take(several, axis=0) >= bar[several, None]
+            if np.count_nonzero(near) * _DENSE > near.size:
+                near &= self._closest(X[several], columns)
+            i, j = np.divmod(np.flatnonzero(near), width)
             i = several[i]
             found.append((i, j + columns.start, products[i, j]))
         i, j, score = (np.concatenate(parts) for parts in zip(*found, strict=True))

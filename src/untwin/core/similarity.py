@@ -50,6 +50,10 @@ _BLOCK_COLUMNS = 4096
 """Most rows of a block that is compared elsewhere, and the better-ranked rows that it has at least."""
 _BLOCKS = 128
 """Blocks into which what is left of a strip would be cut, were they all as large as the next one."""
+_CLOSE = 0.95
+"""Least squared length of the mean of rows that are close to each other: it is their mean similarity."""
+_DENSE = 32
+"""A float64 product of all rows with all others costs less than a fixed-order product of one in so many pairs."""
 _FINE = 4
 """By how much smaller blocks are in both directions that all others wait for."""
 _NOTHING = -2.0
@@ -404,7 +408,9 @@ class _Best:
             return
         least = float32_below(np.maximum(bar, top - 2 * error)[open_rows])
         open_products = products if len(open_rows) == len(products) else products.take(open_rows, axis=0)
-        i, j = np.divmod(np.flatnonzero(open_products >= least[:, None]), products.shape[1])
+        near = open_products >= least[:, None]
+        _thin(near, left, open_rows, right)
+        i, j = np.divmod(np.flatnonzero(near), products.shape[1])
         self.offer_pairs(open_rows[i], j, left, right)
 
     def offer_pairs(self, i: npt.NDArray[np.intp], j: npt.NDArray[np.intp], left: _Rows, right: _Rows) -> None:
@@ -443,15 +449,16 @@ class _Candidates:
         rows: The strip.
         floor: The least product that matters.
         known: What is known of its rows already.
+        centre: What the products are relative to.
     """
 
-    def __init__(self, rows: _Rows, floor: float, known: _Best) -> None:
+    def __init__(self, rows: _Rows, floor: float, known: _Best, centre: _Part | None) -> None:
         self._rows, self._floor = rows, np.float32(floor)
         # with room for the rounding of the difference
-        self._slack = np.float32(2 * product_error(rows.X.shape[1]) + 2.0**-23)
+        self._slack = np.float32(2 * product_error(rows.X.shape[1]) + 2.0**-23) if centre is None else centre.slack
         self.best = known
         """What is known exactly."""
-        self.top = known.value.astype(np.float32)
+        self.top = (known.value - (0 if centre is None else 1)).astype(np.float32)
         """The largest product so far."""
         self._pairs: list[tuple[Indices, Indices, Float32]] = []
         self._n_pairs = 0
@@ -495,6 +502,75 @@ class _Around:
     start: int
 
 
+class _Centre:
+    """What rows of a cluster are close to: with what they differ from it by, products tell far more.
+
+    With o(x) = x.c - (c.c + 1) / 2 + 1 / |x| - 1, the similarity of x and y less 1 is (x - c).(y - c) + o(x) + o(y),
+    but for products of what is small. All terms are small where rows are, and so are their errors.
+
+    Args:
+        rows: The rows.
+        vector: (D,), what they are close to.
+    """
+
+    def __init__(self, rows: _Rows, vector: Float32) -> None:
+        dim, unit = len(vector), 2.0**-24
+        dots = rowwise_dot(rows.X, np.broadcast_to(vector, rows.X.shape))
+        length = float(rowwise_dot(vector[None], vector[None])[0])
+        stretch = 1 / np.sqrt(rows.square) - 1
+        offset = dots - (length + 1) / 2 + stretch
+        radius = np.sqrt(np.maximum(rows.square - 2 * dots + length, 0) + 2.0**-48)
+        self.vector, self.offset = vector, offset.astype(np.float32)
+        # of the product as in `product_error`, of its sum with the offsets, and of what is left out
+        most, odd, across = float(np.abs(offset).max()), float(np.abs(stretch).max()), radius * radius.max()
+        error = 1.01 * ((dim + 10) * unit + 2 * odd) * across + 6 * (unit + odd) * most + 6 * odd**2
+        error += 4 * (dim + 16) * 2.0**-53
+        self._slack = 2 * error + 4 * unit * (across + 3 * most)
+        self._error = float(error.max()) + unit
+
+    @classmethod
+    def of(cls, rows: _Rows) -> _Centre | None:
+        """The centre of rows, if there are some and they are close to it."""
+        if not len(rows):
+            return None
+        some = rows.X[:: max(1, len(rows) // _SLICE_ROWS)]
+        vector = some.mean(axis=0, dtype=np.float64).astype(np.float32)
+        return cls(rows, vector) if vector @ vector >= _CLOSE else None
+
+    def bounds(self, limit: np.float32) -> tuple[float, float]:
+        """As `_bounds`, less 1."""
+        least = float(limit) - 1
+        return float(float32_below(least - self._error)), -float(float32_below(-least - self._error))
+
+    def part(self, X: Float32, start: int) -> _Part:
+        """What is needed of rows of which the first has index `start`."""
+        rows = slice(start, start + len(X))
+        return _Part(self, X - self.vector, self.offset[rows], self._slack[rows].astype(np.float32))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows less their centre, what is added to their products, and by how much a product may be below the best."""
+
+    centre: _Centre
+    X: Float32
+    offset: Float32
+    slack: Float32
+
+    def products(self, X: Float32, start: int) -> Float32:
+        """Products with rows of which the first has index `start`."""
+        return self._add(_products(self.X, X - self.centre.vector), self.centre.offset[start : start + len(X)])
+
+    def own_products(self) -> Float32:
+        """Products with each other."""
+        return self._add(_products(self.X, self.X), self.offset)
+
+    def _add(self, products: Float32, offset: Float32) -> Float32:
+        products += self.offset[:, None]
+        products += offset
+        return products
+
+
 class _Strip:
     """Rows that are judged together: what is found for them is noted here, by one thread at a time.
 
@@ -504,14 +580,21 @@ class _Strip:
         compare_to: That of `match_ranked`.
         best: What is known of their best matches.
         kept: What is known of their best matches among the rows that stay.
+        centre: If all products are relative to a centre, the rows as seen from there.
     """
 
     def __init__(
-        self, rows: _Rows, bounds: tuple[float, float], compare_to: CompareTo, best: _Best, kept: _Best
+        self,
+        rows: _Rows,
+        bounds: tuple[float, float],
+        compare_to: CompareTo,
+        best: _Best,
+        kept: _Best,
+        centre: _Part | None = None,
     ) -> None:
-        self.rows = rows
+        self.rows, self._centre = rows, centre
         self._low, self._high = bounds
-        self.best, self.kept = _Candidates(rows, _NOTHING, best), _Candidates(rows, self._low, kept)
+        self.best, self.kept = _Candidates(rows, -np.inf, best, centre), _Candidates(rows, self._low, kept, centre)
         self.decides = self.kept if compare_to == "kept" else self.best
         """The pairs that decide who is removed."""
         self.inside: list[tuple[Indices, Indices, Float32]] = []
@@ -520,12 +603,13 @@ class _Strip:
     def compare(self, tile: _Around, around: _Around, stays: Bool) -> None:
         """Compare with the rows of a tile, of which those stay that `stays` tells."""
         for columns in _even_blocks(len(tile.rows), _TILE_COLUMNS):
-            products = _products(self.rows.X, tile.rows.X[columns])
-            self.note(products, tile.start + columns.start, around, stays[columns])
+            X, start = tile.rows.X[columns], tile.start + columns.start
+            products = _products(self.rows.X, X) if self._centre is None else self._centre.products(X, start)
+            self.note(products, start, around, stays[columns])
 
     def compare_inside(self, start: int, around: _Around) -> None:
         """Compare the rows, of which the first has index `start`, with each other."""
-        products = _products(self.rows.X, self.rows.X)
+        products = _products(self.rows.X, self.rows.X) if self._centre is None else self._centre.own_products()
         np.copyto(products, _MASKED, where=_not_before(_STRIP_ROWS)[: len(products), : len(products)])
         self.note(products, start, around, None)
 
@@ -558,13 +642,17 @@ class _Strip:
         products.reshape(-1)[own] = _MASKED
         several = products.max(axis=1) >= bar
         products.reshape(-1)[own] = top
+        others = around.rows[start - around.start : start - around.start + products.shape[1]]
         one, more = np.flatnonzero(matters & ~several), np.flatnonzero(several)
         note(one, at[one], top[one])
         for some in blocks(len(more), _SLICE_ROWS):
             rows = more[some]
             part = products.take(rows, axis=0)
+            near = part >= best_bar[rows, None]
+            _thin(near, self.rows, rows, others)
             matters = part >= bar[rows, None]
-            matters &= stays | (part >= best_bar[rows, None])
+            matters &= stays
+            matters |= near
             i, j = np.divmod(np.flatnonzero(matters), products.shape[1])
             note(rows[i], j, part[i, j])
 
@@ -604,6 +692,8 @@ class _Resolver:
         self.removed = np.zeros(self.n, np.bool_)
         self.held: _Around | None = None
         """Rows that are no copies and in memory, if so all from an index on; none before are compared with here."""
+        self.centre: _Centre | None = None
+        """If all rows are close to one; `low` and `high` are then less 1, as products are."""
 
     def run(self) -> Matches:
         X = None
@@ -619,6 +709,8 @@ class _Resolver:
         if X is not None:
             X = _chosen(X, self.position) if len(copies) else X
             self.held = _Around(_Rows(X, self.square[self.position], self.position), 0)
+            if self.elsewhere is None:
+                self._see_from_centre(self.held.rows)
         elif len(copies):
             self.rows = DistinctRows(self.rows, self.position)
         if self.elsewhere is not None:
@@ -631,6 +723,12 @@ class _Resolver:
         if len(copies) and self.limit is not None and self.compare_to == "kept":
             self._recheck_copies(first, copies)
         return self._answer()
+
+    def _see_from_centre(self, rows: _Rows) -> None:
+        """Compare all rows relative to their centre, if they are close to it."""
+        self.centre = _Centre.of(rows)
+        if self.centre is not None and self.limit is not None:
+            self.low, self.high = self.centre.bounds(self.limit)
 
     def _take(self, part: slice) -> _Rows:
         """Some of the rows that are no copies."""
@@ -649,7 +747,9 @@ class _Resolver:
     def _judge(self, part: slice) -> None:
         """Resolve a batch of rows, which are compared with all better-ranked rows, or with those that are held."""
         batch = self._take(part)
-        strips = [self._strip(batch[rows]) for rows in _even_blocks(len(batch), self.strip_rows)]
+        strips = [
+            self._strip(batch[rows], part.start + rows.start) for rows in _even_blocks(len(batch), self.strip_rows)
+        ]
         for tile in self._tiles(0 if self.held is None else self.held.start, part.start):
             compare = partial(_Strip.compare, tile=tile, around=self.held or tile, stays=self._stays(tile))
             list(self.executor_map(compare, strips))
@@ -664,9 +764,10 @@ class _Resolver:
             self._resolve(strip, part.start + done, around)
             done += len(strip.rows)
 
-    def _strip(self, rows: _Rows) -> _Strip:
+    def _strip(self, rows: _Rows, start: int) -> _Strip:
         known = self.best.part(rows.position), self.witness.part(rows.position)
-        return _Strip(rows, (self.low, self.high), self.compare_to, *known)
+        centre = None if self.centre is None else self.centre.part(rows.X, start)
+        return _Strip(rows, (self.low, self.high), self.compare_to, *known, centre)
 
     def _stays(self, tile: _Around) -> Bool:
         """Which rows of a tile of resolved rows stay."""
@@ -894,29 +995,53 @@ def _pair_cosine(left: _Rows, i: npt.NDArray[np.intp], right: _Rows, j: npt.NDAr
     return np.minimum(cosine, 1.0, out=cosine)
 
 
-def _thin_out(
-    i: npt.NDArray[np.intp], j: npt.NDArray[np.intp], left: _Rows, right: _Rows
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Drop pairs that a float64 matrix product shows not to be their row's best, if there are many pairs.
+def _fine_products(left: _Rows, right: _Rows) -> Float64:
+    """(n, m) similarities by a float64 matrix product: those of `_pair_cosine`, up to half of `_fine_error`."""
+    products: Float64 = left.X.astype(np.float64) @ right.X.astype(np.float64).T
+    products *= (1 / np.sqrt(left.square))[:, None]
+    products *= 1 / np.sqrt(right.square)
+    return np.minimum(products, 1.0, out=products)
+
+
+def _fine_error(dim: int) -> float:
+    return 8 * (dim + 16) * 2.0**-53
+
+
+def _thin(near: Bool, left: _Rows, chosen: Indices, right: _Rows) -> None:
+    """Drop pairs that a float64 matrix product shows not to be their row's best, in place, if there are many pairs.
 
     Groups of almost identical rows make thousands of candidates per row; a product of all is then cheaper
     than a fixed-order product of each.
+
+    Args:
+        near: (m, n), the pairs.
+        left: Rows, of which m are `chosen`.
+        chosen: Their indices.
+        right: The other rows, n.
     """
+    if np.count_nonzero(near) * _DENSE <= near.size:
+        return
+    fine = _fine_products(left[chosen], right)
+    np.copyto(fine, _NOTHING, where=~near)
+    near &= fine >= (fine.max(axis=1) - _fine_error(right.X.shape[1]))[:, None]
+
+
+def _thin_out(
+    i: npt.NDArray[np.intp], j: npt.NDArray[np.intp], left: _Rows, right: _Rows
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """As `_thin`, for pairs that come row by row."""
     if len(i) < 1024:
         return i, j
     row_used, column_used = np.zeros(len(left), np.bool_), np.zeros(len(right), np.bool_)
     row_used[i], column_used[j] = True, True
     rows, columns = np.flatnonzero(row_used), np.flatnonzero(column_used)
-    if len(i) < 4 * len(rows) or len(i) * 16 < len(rows) * len(columns):
+    if len(i) < 4 * len(rows) or len(i) * _DENSE < len(rows) * len(columns):
         return i, j
-    products = left.X[rows].astype(np.float64) @ right.X[columns].astype(np.float64).T
-    products *= (1 / np.sqrt(left.square[rows]))[:, None]
-    products *= 1 / np.sqrt(right.square[columns])
     at_row, at_column = np.cumsum(row_used) - 1, np.cumsum(column_used) - 1
-    value = np.minimum(products[at_row[i], at_column[j]], 1.0)
-    starts = np.flatnonzero(np.diff(i, prepend=-1))  # pairs come row by row
+    value = _fine_products(left[rows], right[columns])[at_row[i], at_column[j]]
+    starts = np.flatnonzero(np.diff(i, prepend=-1))
     top = np.maximum.reduceat(value, starts)
-    keep = value >= top[at_row[i]] - 8 * (left.X.shape[1] + 16) * 2.0**-53
+    keep = value >= top[at_row[i]] - _fine_error(left.X.shape[1])
     return i[keep], j[keep]
 
 
@@ -929,12 +1054,12 @@ def _resolve_in_order(i: Indices, j: Indices, duplicate: Bool) -> None:
     """Resolve in rank order, in place: row i becomes a duplicate if j < i is none, for all pairs within eps."""
     if not len(i):
         return
-    order = np.argsort(i, kind="stable")
-    out = bytearray(duplicate.tobytes())
-    for later, earlier in zip(i[order].tolist(), j[order].tolist(), strict=True):
-        if not out[earlier]:
-            out[later] = 1
-    duplicate[:] = np.frombuffer(out, np.bool_)
+    order = np.argsort(j.astype(np.uint16), kind="stable")  # rows of one strip: numbers that a radix sort takes
+    i, j = i[order], j[order]
+    starts = np.flatnonzero(np.diff(j, prepend=-1))
+    for earlier, lo, hi in zip(j[starts].tolist(), starts.tolist(), [*starts[1:].tolist(), len(j)], strict=True):
+        if not duplicate[earlier]:
+            duplicate[i[lo:hi]] = True
 
 
 def _squares(rows: RankedRows, batch_size: int) -> Float64:
