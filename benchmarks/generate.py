@@ -26,6 +26,9 @@ With --tile the rows are those of other Parquet files (columns `id` and `embeddi
 --rows of them: first as they are, then as "ID~1", "ID~2" and so on, each row with noise of its own, so that its cosine
 similarity to the original lies anywhere between 0.7 and 1. --tile without a PATH takes debian-packages: the folder that
 the environment variable UNTWIN_DEBIAN_PACKAGES names, else the sample in the repository.
+
+With --scenes the rows are like frames of so many cameras that do not move: each is the vector of a scene, which is
+random, but for noise after which its cosine similarity to that is between 0.999 and 0.99999.
 """
 
 from __future__ import annotations
@@ -67,11 +70,12 @@ _IDENTICAL = 0.1
 _CHAINED_GROUPS = 0.25
 _GROUPS_WITH_IDENTICAL = 0.2  # identical copies come in these groups only, in half of the copies there
 _FARTHEST, _NEAREST = 0.3, 1e-5  # 1 - cosine of planted copies that are not identical
+_FARTHEST_FRAME = 1e-3
 
 # One number for each independent stream of hashes.
 _SHUFFLE, _ID, _NAME, _DURATION, _TOPIC, _CENTRE, _TIGHTNESS, _MEAN, _ROTATION, _SIZE = range(10)
 _BASE, _COPY, _WIDTH, _KIND, _CHAINED, _HAS_IDENTICAL = range(10, 16)
-_TILE_NOISE, _TILE_WIDTH = range(16, 18)
+_TILE_NOISE, _TILE_WIDTH, _SCENE = range(16, 19)
 
 _SAMPLE = Path(__file__).parents[1] / "examples" / "data" / "debian-packages-sample.parquet"
 
@@ -335,6 +339,33 @@ class Tiles:
             )
 
 
+class Scenes:
+    """Rows that are hardly different from one of a few vectors: a pure function of (rows, dim, scenes, seed)."""
+
+    def __init__(self, rows: int, dim: int, scenes: int, seed: int = 0) -> None:
+        """Draw the vectors of the scenes."""
+        if scenes < 1:
+            raise ValueError("scenes must be at least 1")
+        self.rows, self.dim, self.seed, self.planted_groups = rows, dim, seed, scenes
+        self._X = _unit(_noise(_CENTRE, seed, np.arange(scenes), dim))
+
+    def blocks(self) -> Iterator[Block]:
+        """All rows in order, in blocks of equal size but the last; `group` is the scene."""
+        for start in range(0, self.rows, _BLOCK):
+            row = np.arange(start, min(start + _BLOCK, self.rows))
+            scene = (_hash(_SCENE, self.seed, row) % np.uint64(len(self._X))).astype(np.int64)
+            width = _uniform(_TILE_WIDTH, self.seed, row)
+            cosine = 1 - _NEAREST * (_FARTHEST_FRAME / _NEAREST) ** width
+            yield Block(
+                start=start,
+                ids=_uuids(_ID, self.seed, row),
+                vectors=_turned(self._X[scene], _noise(_TILE_NOISE, self.seed, row, self.dim), cosine),
+                duration=_durations(self.seed, row),
+                group=scene,
+                similarity=cosine,
+            )
+
+
 def _durations(seed: int, row: np.ndarray) -> np.ndarray:
     """Float32 seconds, at least 2 and at most 60."""
     return np.minimum(2.0 - 8.0 * np.log1p(-_uniform(_DURATION, seed, row)), 60.0).astype(np.float32)
@@ -354,6 +385,9 @@ def _unit(X: np.ndarray) -> np.ndarray:
     """Scale the rows of X to length 1, in place."""
     X /= np.sqrt(np.einsum("ij,ij->i", X, X))[:, None]
     return X
+
+
+AnyRows = Rows | Tiles | Scenes
 
 
 def _list_array(vectors: np.ndarray, values: pa.DataType, fixed: bool) -> pa.Array:
@@ -393,7 +427,7 @@ def _cut(tables: Iterator[pa.Table], sizes: Iterator[int]) -> Iterator[pa.Table]
         yield taken[0] if len(taken) == 1 else pa.concat_tables(taken)
 
 
-def _write_large(folder: Path, rows: Rows | Tiles, layout: str, files: int, see: Callable[[Block], None]) -> int:
+def _write_large(folder: Path, rows: AnyRows, layout: str, files: int, see: Callable[[Block], None]) -> int:
     def tables() -> Iterator[pa.Table]:
         for block in rows.blocks():
             see(block)
@@ -450,7 +484,7 @@ def _pandas_metadata(rows: int) -> dict[bytes, bytes]:
     return {b"pandas": json.dumps(described).encode()}
 
 
-def _write_upstream(folder: Path, rows: Rows | Tiles, see: Callable[[Block], None]) -> int:
+def _write_upstream(folder: Path, rows: AnyRows, see: Callable[[Block], None]) -> int:
     def tables() -> Iterator[pa.Table]:
         for block in rows.blocks():
             see(block)
@@ -502,7 +536,7 @@ class _Truth:
             self._writer.close()
 
 
-def write(out: Path, made: Rows | Tiles, layout: str, *, files: int = 10, truth: Path | None = None) -> int:
+def write(out: Path, made: AnyRows, layout: str, *, files: int = 10, truth: Path | None = None) -> int:
     """Write a data set into the folder `out`, which must be empty or absent; return the number of files.
 
     `files` is the number of files of the large layouts; `upstream` ignores it. `truth` names a Parquet file for the
@@ -526,6 +560,7 @@ def prepare(workdir: Path, layout: str, arguments: argparse.Namespace) -> Path:
     """The folder of the data set of `add_arguments`, which is made in `workdir` unless it is there."""
     rows, seed, files = arguments.rows, arguments.seed, arguments.files
     what = f"{arguments.dim}" if arguments.tile is None else f"{arguments.tile.stem}"
+    what += f"-{arguments.scenes}scenes" if arguments.scenes is not None else ""
     name = f"{layout}-{rows}x{what}-seed{seed}-v{VERSION}"
     folder = workdir / (name if layout == "upstream" else f"{name}-{files}files")
     if not folder.exists():
@@ -540,10 +575,12 @@ def prepare(workdir: Path, layout: str, arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def make(arguments: argparse.Namespace, planted: float = 0.3) -> Rows | Tiles:
+def make(arguments: argparse.Namespace, planted: float = 0.3) -> AnyRows:
     """The rows that the arguments of `add_arguments` ask for."""
     if arguments.tile is not None:
         return Tiles(arguments.rows, arguments.tile, arguments.seed)
+    if arguments.scenes is not None:
+        return Scenes(arguments.rows, arguments.dim, arguments.scenes, arguments.seed)
     return Rows(arguments.rows, arguments.dim, arguments.seed, planted)
 
 
@@ -555,7 +592,9 @@ def add_arguments(parser: argparse.ArgumentParser, rows: int | list[int]) -> Non
     parser.add_argument("--dim", type=int, default=384, help="dimension (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed, 0 or more (%(default)s)")
     parser.add_argument("--files", type=int, default=10, help="files, all layouts but upstream (%(default)s)")
-    parser.add_argument(
+    content = parser.add_mutually_exclusive_group()
+    content.add_argument("--scenes", type=int, help="scenes that rows hardly differ from")
+    content.add_argument(
         "--tile", type=Path, nargs="?", const=packages, metavar="PATH", help="tile these rows up (default PATH: above)"
     )
 

@@ -44,6 +44,19 @@ def test_tiles_are_the_rows_first_and_then_copies_with_their_own_similarity_and_
     assert (all_rows(generate.Tiles(100, path, seed=6))[1][50:] != vectors[50:100]).any(axis=1).all()
 
 
+def test_frames_hardly_differ_from_their_scene():
+    ids, vectors, similarity = all_rows(generate.Scenes(10_000, 64, 20, seed=5))
+    scene = np.concatenate([block.group for block in generate.Scenes(10_000, 64, 20, seed=5).blocks()])
+    assert len(set(ids)) == 10_000 and np.bincount(scene).min() > 400
+    means = np.stack([vectors[scene == number].mean(axis=0) for number in range(20)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    assert np.abs(means @ means.T - np.eye(20)).max() < 0.5
+    np.testing.assert_allclose(np.einsum("ij,ij->i", vectors, means[scene]), similarity, atol=3e-5)
+    assert 0.999 <= similarity.min() < 0.9991 and 0.99998 < similarity.max() <= 0.99999
+    again = all_rows(generate.Scenes(9_000, 64, 20, seed=5))
+    assert again[0] == ids[:9_000] and (again[1] == vectors[:9_000]).all()
+
+
 @pytest.mark.parametrize("layout", generate.LAYOUTS)
 def test_the_copy_holds_the_same_rows_compressed_and_encoded_as_they_were(tmp_path, layout):
     generate.write(tmp_path / "in", generate.Rows(300, 16), layout, files=3)

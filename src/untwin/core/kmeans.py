@@ -320,7 +320,8 @@ class NearestCentroid:
             (n, m).
         """
         rows, some = X.astype(np.float64), self._centroids[centroids].astype(np.float64)
-        distance = rows @ (-2 * some.T)
+        distance = rows @ some.T
+        distance *= -2
         distance += self._squares[centroids]
         distance += np.einsum("ij,ij->i", rows, rows)[:, None]
         distance[:, 0] *= own
