@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from untwin.core.hashing import hash_integers, hash_rows, mix_seed, uniform
+from untwin.core.vectors import DENSE, float32_below, pair_dot_and_squares, pair_squared_distance, rowwise_dot
 from untwin.core.vectors import blocks as slices_of
-from untwin.core.vectors import float32_below, pair_dot_and_squares, pair_squared_distance, rowwise_dot
 from untwin.errors import ParameterError
 
 Float32 = npt.NDArray[np.float32]
@@ -38,8 +38,6 @@ _ASSIGN_ROWS = 1024
 _ASSIGN_COLUMNS = 1024
 _SMALL_PRODUCT = 250_000
 """Multiplications that take as long as it takes to begin a product."""
-_DENSE = 32
-"""A float64 product of all rows with all centroids costs less than fixed-order distances of one in so many pairs."""
 _SCALABLE_ROUNDS = 5
 _OVERSHOOT = np.float32(0.7)
 """How much farther than to its mean a centroid moves, as a part of the way there."""
@@ -272,7 +270,7 @@ class NearestCentroid:
         scores[:, 0] = 0.5 - times[old] * (0.5 - scores[:, 0])
         error = (1 + times[old]) * (self._error + 2.0**-22)
         near = scores >= float32_below(scores.max(axis=1) - error)[:, None]
-        if np.count_nonzero(near) > 2 * len(rows):
+        if np.count_nonzero(near) > 2 * len(rows):  # neighbours are few: their products cost as much as two distances
             for lo, hi in pairwise([*starts.tolist(), len(rows)]):
                 near[lo:hi] &= self._closest(rows[lo:hi], neighbours[old[lo]], own=times[old[lo]])
         i, place = np.divmod(np.flatnonzero(near), scores.shape[1])
@@ -292,7 +290,7 @@ class NearestCentroid:
             top = np.partition(np.concatenate((top, best), axis=1), -count, axis=1)[:, -count:]
             near = products >= float32_below(top.min(axis=1) - 2 * self._error)[:, None]
             n_near = np.count_nonzero(near)
-            if n_near > 2 * count * n and n_near * _DENSE > near.size:
+            if n_near > 2 * count * n and n_near * DENSE > near.size:
                 near &= self._closest(X, columns, count)
             flat = np.flatnonzero(near)
             i, j = np.divmod(flat, products.shape[1])
@@ -351,7 +349,7 @@ class NearestCentroid:
             one = np.flatnonzero(largest >= bar)
             found.append((one, at[one] + columns.start, largest[one]))
             near = products.take(several, axis=0) >= bar[several, None]
-            if np.count_nonzero(near) * _DENSE > near.size:
+            if np.count_nonzero(near) * DENSE > near.size:
                 near &= self._closest(X[several], columns)
             i, j = np.divmod(np.flatnonzero(near), width)
             i = several[i]

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from untwin.core.hashing import hash_rows
-from untwin.core.vectors import blocks, float32_below, pair_dot, product_error, rowwise_dot
+from untwin.core.vectors import DENSE, blocks, float32_below, pair_dot, product_error, rowwise_dot
 from untwin.errors import ParameterError
 
 Float32 = npt.NDArray[np.float32]
@@ -52,14 +52,12 @@ _BLOCKS = 128
 """Blocks into which what is left of a strip would be cut, were they all as large as the next one."""
 _CLOSE = 0.95
 """Least squared length of the mean of rows that are close to each other: it is their mean similarity."""
-_DENSE = 32
-"""A float64 product of all rows with all others costs less than a fixed-order product of one in so many pairs."""
 _FINE = 4
 """By how much smaller blocks are in both directions that all others wait for."""
 _NOTHING = -2.0
 """Less than any cosine: no match yet."""
 _MASKED = np.float32(-4.0)
-"""Less than `_NOTHING` by more than any error bound: an entry that must not match."""
+"""Less than `_NOTHING` less 1, by more than any error bound: an entry that must not match."""
 
 
 class RankedRows(Protocol):
@@ -1019,7 +1017,7 @@ def _thin(near: Bool, left: _Rows, chosen: Indices, right: _Rows) -> None:
         chosen: Their indices.
         right: The other rows, n.
     """
-    if np.count_nonzero(near) * _DENSE <= near.size:
+    if np.count_nonzero(near) * DENSE <= near.size:
         return
     fine = _fine_products(left[chosen], right)
     np.copyto(fine, _NOTHING, where=~near)
@@ -1035,7 +1033,7 @@ def _thin_out(
     row_used, column_used = np.zeros(len(left), np.bool_), np.zeros(len(right), np.bool_)
     row_used[i], column_used[j] = True, True
     rows, columns = np.flatnonzero(row_used), np.flatnonzero(column_used)
-    if len(i) < 4 * len(rows) or len(i) * _DENSE < len(rows) * len(columns):
+    if len(i) < 4 * len(rows) or len(i) * DENSE < len(rows) * len(columns):
         return i, j
     at_row, at_column = np.cumsum(row_used) - 1, np.cumsum(column_used) - 1
     value = _fine_products(left[rows], right[columns])[at_row[i], at_column[j]]

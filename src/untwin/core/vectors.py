@@ -17,6 +17,9 @@ _CHUNK_ELEMENTS = 1 << 17
 """Elements of float64 scratch per step (1 MB): more would leave the caches, fewer cost more calls, for each of which
 threads wait for the interpreter."""
 
+DENSE = 32
+"""A float64 matrix product of all rows with all others costs less than a fixed-order one of one in so many pairs."""
+
 _SAFE_SQUARED_NORM = (1e-100, 1e100)
 """Within these limits no square that matters under- or overflows."""
 
